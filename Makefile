@@ -1,0 +1,30 @@
+# Each target does all set-up a fresh machine needs: its own .venv, the pinned packages, then the work.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+IMAGES ?=
+ARGS ?=
+
+.PHONY: quickstart test lint install clean
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+install: $(VENV)/.installed
+
+# make quickstart [IMAGES=folder] [ARGS="--budget=0.2"]
+quickstart: install
+	$(BIN)/python launch/quickstart.py $(if $(IMAGES),--images=$(IMAGES)) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
