@@ -1,0 +1,204 @@
+"""ConvNeXt as EUPE and DINOv3 use it (official behaviour). Its class token is the normed average of the last map.
+
+The blocks of each of the four stages are scanned: their parameters have a leading axis of the stage's depth.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from eupe_jax.models.layers import LayerNorm, dense_init, stack_blocks
+from eupe_jax.models.spec import EncoderSpec, Family, Tensor
+
+NORM_EPS = 1e-6
+STRIDE = 32
+
+
+class Block(nn.Module):
+    """x + gamma * mlp(norm(7x7 depthwise convolution(x))). One step of the scan."""
+
+    layerscale_init: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        dim = x.shape[-1]
+        y = nn.Conv(
+            dim, (7, 7), padding=[(3, 3), (3, 3)], feature_group_count=dim, dtype=self.dtype, kernel_init=dense_init,
+            name="dwconv",
+        )(x.astype(self.dtype))
+        y = LayerNorm(NORM_EPS, self.dtype, name="norm")(y)
+        y = nn.Dense(4 * dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv1")(y)
+        y = jax.nn.gelu(y, approximate=False)
+        y = nn.Dense(dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv2")(y)
+        gamma = self.param("gamma", nn.initializers.constant(self.layerscale_init), (dim,))
+        # The factor starts at 1e-6: applied in float32, whatever the compute dtype.
+        return (x + y.astype(jnp.float32) * gamma).astype(x.dtype), None
+
+
+class Downsample(nn.Module):
+    """Patchify by a strided convolution: stem (4x4, then norm) or between stages (norm, then 2x2)."""
+
+    dim: int
+    stride: int
+    norm_first: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        side = (self.stride, self.stride)
+        conv = nn.Conv(
+            self.dim, side, strides=side, padding="VALID", dtype=self.dtype, kernel_init=dense_init, name="conv"
+        )
+        norm = LayerNorm(NORM_EPS, name="norm")
+        return conv(norm(x).astype(self.dtype)) if self.norm_first else norm(conv(x.astype(self.dtype)))
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt encoder of stride 32.
+
+    Attributes:
+      depths, dims: blocks and width of each of the four stages.
+      layerscale_init: initial value of every block's `gamma`.
+      dtype, residual_dtype, remat, scan_unroll: as for `vit.VisionTransformer`.
+    """
+
+    depths: Sequence[int] = (3, 3, 9, 3)
+    dims: Sequence[int] = (96, 192, 384, 768)
+    layerscale_init: float = 1e-6
+    dtype: Any = jnp.float32
+    residual_dtype: Any = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    @nn.compact
+    def features(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        layers: Sequence[int] = (),
+        norm_layers: bool = True,
+        patch_size: int | None = None,
+    ) -> dict[str, Any]:
+        """Final tokens and the maps of chosen stages.
+
+        Args:
+          images: float [B, H, W, 3], pixel-normalised; at least 32 pixels a side, rests are cut off.
+          train: accepted for the common interface; nothing here depends on it.
+          layers: stages whose map is wanted, 0..3 or negative.
+          norm_layers: whether the last stage passes the final norm; earlier stages have none.
+          patch_size: resize the maps of `layers` to [H // patch_size, W // patch_size], antialiased bilinear.
+
+        Returns:
+          "cls" [B, C], "storage" [B, 0, C], "patches" [B, h, w, C] after the final norm; "prenorm" [B, h, w, C];
+          "layers": a list of {"cls": average-pooled map [B, C_s], "patches": map [B, h_s, w_s, C_s]}.
+
+        Raises:
+          ValueError: image smaller than 32 pixels, not four stages, or `layers` out of range.
+        """
+        n_stages = len(self.dims)
+        if n_stages != 4 or len(self.depths) != 4:
+            raise ValueError(f"ConvNeXt has four stages, got depths {self.depths} and dims {self.dims}")
+        if any(not -n_stages <= i < n_stages for i in layers):
+            raise ValueError(f"layers {tuple(layers)} out of range for a model of {n_stages} stages")
+        batch, height, width, _ = images.shape
+        if min(height, width) < STRIDE:
+            raise ValueError(f"image of {height}x{width} pixels is smaller than the stride of {STRIDE}")
+
+        x, maps = images, []
+        for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
+            x = Downsample(dim, 2 if s else 4, bool(s), self.dtype, name=f"downsample_{s}")(x)
+            stage = stack_blocks(Block, depth, remat=self.remat, unroll=self.scan_unroll)
+            x, _ = stage(self.layerscale_init, self.dtype, name=f"stages_{s}")(x.astype(self.residual_dtype))
+            maps.append(x)
+        norm = LayerNorm(NORM_EPS, name="norm")
+
+        def stage_output(s):
+            feature_map = maps[s]
+            pooled = feature_map.mean(axis=(1, 2), dtype=jnp.float32)
+            if patch_size is not None:
+                size = (batch, height // patch_size, width // patch_size, feature_map.shape[-1])
+                feature_map = jax.image.resize(feature_map, size, "linear", antialias=True)
+            if norm_layers and s % n_stages == n_stages - 1:
+                pooled, feature_map = norm(pooled), norm(feature_map)
+            return {"cls": pooled, "patches": feature_map}
+
+        return {
+            "cls": norm(x.mean(axis=(1, 2), dtype=jnp.float32)),
+            "storage": jnp.zeros((batch, 0, self.dims[-1]), jnp.float32),
+            "patches": norm(x),
+            "prenorm": x,
+            "layers": [stage_output(s) for s in layers],
+        }
+
+    def __call__(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """[B, H, W, 3] -> {"cls": [B, C], "storage": [B, 0, C], "patches": [B, H // 32, W // 32, C]}, float32."""
+        out = self.features(images, train=train)
+        return {name: out[name] for name in ("cls", "storage", "patches")}
+
+
+def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    width = ConvNeXt(**kwargs).dims[-1]
+    return {"cls_dim": width, "patch_dim": width, "patch_size": STRIDE, "num_storage_tokens": 0}
+
+
+def _affine(path: str, name: str, leaf: str, layout: str) -> tuple[Tensor, Tensor]:
+    return Tensor(f"params/{path}/{leaf}", f"{name}.weight", layout), Tensor(f"params/{path}/bias", f"{name}.bias")
+
+
+TABLE = (
+    *(
+        row
+        for s in range(4)
+        # The stem is (convolution, norm), the other downsamplers are (norm, convolution).
+        for row in (
+            *_affine(f"downsample_{s}/conv", f"downsample_layers.{s}.{min(s, 1)}", "kernel", "conv"),
+            *_affine(f"downsample_{s}/norm", f"downsample_layers.{s}.{1 - min(s, 1)}", "scale", "copy"),
+        )
+    ),
+    *(
+        row
+        for s in range(4)
+        for row in (
+            Tensor(f"params/stages_{s}/gamma", f"stages.{s}.{{i}}.gamma"),
+            *_affine(f"stages_{s}/dwconv", f"stages.{s}.{{i}}.dwconv", "kernel", "conv"),
+            *_affine(f"stages_{s}/norm", f"stages.{s}.{{i}}.norm", "scale", "copy"),
+            *_affine(f"stages_{s}/pwconv1", f"stages.{s}.{{i}}.pwconv1", "kernel", "linear"),
+            *_affine(f"stages_{s}/pwconv2", f"stages.{s}.{{i}}.pwconv2", "kernel", "linear"),
+        )
+    ),
+    *_affine("norm", "norm", "scale", "copy"),
+)
+
+_SIZES = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+
+
+def _spec(name: str, size: str, **fields) -> EncoderSpec:
+    depths, dims = _SIZES[size]
+    kwargs = {"depths": depths, "dims": dims}
+    return EncoderSpec(name, "convnext", kwargs, **_describe(kwargs), **fields)
+
+
+def _eupe(size: str) -> EncoderSpec:
+    repo = f"EUPE-ConvNeXt-{size[0].upper()}"
+    licence = "FAIR Noncommercial Research License"
+    return _spec(f"eupe_convnext_{size}", size, licence=licence, hub_repo=f"facebook/{repo}", hub_file=f"{repo}.pt")
+
+
+SPECS = (
+    *(_eupe(size) for size in ("tiny", "small", "base")),
+    *(_spec(f"dinov3_convnext_{size}", size, licence="DINOv3 License") for size in _SIZES),
+)
+
+FAMILY = Family(
+    "convnext", ConvNeXt, SPECS, _describe, TABLE, aliases={f"norms.3.{p}": f"norm.{p}" for p in ("weight", "bias")}
+)

@@ -1,0 +1,224 @@
+"""Building blocks shared by the encoders. Normalisation, softmax and residuals are float32; matmuls are in `dtype`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from eupe_jax.models.rope import apply_rope
+
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+# The published init truncates at +-2, a hundred standard deviations: a plain normal.
+dense_init = nn.initializers.normal(0.02)
+
+# "saved activations" -> what the backward pass keeps; the rest is computed again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
+}
+
+
+def stack_blocks(
+    block: type[nn.Module], length: int, *, remat: str = "none", unroll: int = 1, broadcast_args: int = 0
+) -> type[nn.Module]:
+    """`block` repeated `length` times by `nn.scan`; parameters gain a leading axis of that length.
+
+    Args:
+      block: module whose call maps `(carry, *args)` to `(carry, per-block output)`.
+      length: number of blocks.
+      remat: "none" or a key of `REMAT_POLICIES`.
+      unroll: blocks per iteration of the compiled loop; never changes the parameters.
+      broadcast_args: number of `args`, the same for every block.
+
+    Raises:
+      ValueError: unknown `remat`.
+    """
+    if remat != "none":
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {['none', *REMAT_POLICIES]}, got {remat!r}")
+        # Inside a rolled loop nothing can be merged with the forward pass; in an unrolled one it could.
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * broadcast_args,
+        length=length,
+        unroll=min(unroll, length),
+    )
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, computed in float32; returns `dtype`."""
+
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+        return (x * scale + bias).astype(self.dtype)
+
+
+class Scale(nn.Module):
+    """LayerScale: a learned factor per channel, applied in float32 so that tiny factors survive bfloat16 compute."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.constant(self.init), (x.shape[-1],))
+        return x.astype(jnp.float32) * gamma
+
+
+class QKV(nn.Module):
+    """The joint query/key/value projection [D] -> [3D].
+
+    With `mask_k_bias` the full bias is stored and its key third is multiplied by zero, so it gets no gradient and
+    survives a round trip through checkpoints, whatever it holds.
+    """
+
+    use_bias: bool = True
+    mask_k_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dim = x.shape[-1]
+        kernel = self.param("kernel", dense_init, (dim, 3 * dim))
+        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if not self.use_bias:
+            return out
+        bias = self.param("bias", nn.initializers.zeros, (3 * dim,))
+        if self.mask_k_bias:
+            bias = bias * k_bias_mask(dim)
+        return out + bias.astype(self.dtype)
+
+
+def k_bias_mask(dim: int) -> jax.Array:
+    """float32 [3 * dim]: one for queries and values, zero for keys."""
+    return jnp.ones((3, dim)).at[1].set(0.0).reshape(-1)
+
+
+def plain_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.Array) -> jax.Array:
+    """Softmax attention with logits scaled by `D ** -0.5`; logits and softmax in float32. Returns [B, T, H, D]."""
+    scale = q_BxTxHxD.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q_BxTxHxD, k_BxTxHxD, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * scale, axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v_BxTxHxD.dtype), v_BxTxHxD)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions on the trailing tokens. `attention_fn` replaces `plain_attention`."""
+
+    num_heads: int
+    qkv_bias: bool = True
+    mask_k_bias: bool = True
+    proj_bias: bool = True
+    dtype: Any = jnp.float32
+    attention_fn: AttentionFn | None = None
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+        batch, tokens, dim = x_BxTxD.shape
+        qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")(x_BxTxD)
+        qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        attend = self.attention_fn or plain_attention
+        out = attend(apply_rope(q, sin, cos), apply_rope(k, sin, cos), v).reshape(batch, tokens, dim)
+        out = checkpoint_name(out, "attention")
+        return nn.Dense(dim, use_bias=self.proj_bias, dtype=self.dtype, kernel_init=dense_init, name="proj")(out)
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, linear."""
+
+    hidden: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(width, name):
+            return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
+
+        return dense(x.shape[-1], "fc2")(jax.nn.gelu(dense(self.hidden, "fc1")(x), approximate=False))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x)."""
+
+    hidden: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(width, name):
+            return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
+
+        gated = jax.nn.silu(dense(self.hidden, "w1")(x)) * dense(self.hidden, "w2")(x)
+        return dense(x.shape[-1], "w3")(gated)
+
+
+FFN_LAYERS = {"mlp": None, "swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
+
+
+def ffn_hidden(ffn_layer: str, dim: int, ratio: float) -> int:
+    """Hidden width: `ratio * dim` for "mlp"; two thirds of it, rounded up to the alignment, for "swiglu[N]".
+
+    Raises:
+      ValueError: unknown `ffn_layer`.
+    """
+    if ffn_layer not in FFN_LAYERS:
+        raise ValueError(f"ffn_layer must be one of {list(FFN_LAYERS)}, got {ffn_layer!r}")
+    hidden, align = int(ratio * dim), FFN_LAYERS[ffn_layer]
+    if align is None:
+        return hidden
+    hidden = int(hidden * 2 / 3)
+    return hidden + (-hidden) % align
+
+
+def feed_forward(ffn_layer: str, dim: int, ratio: float, use_bias: bool, dtype: Any, name: str) -> nn.Module:
+    """The feed-forward module that `ffn_layer` names ("mlp", "swiglu", "swiglu64", ...)."""
+    module = Mlp if ffn_layer == "mlp" else SwiGLU
+    return module(ffn_hidden(ffn_layer, dim, ratio), use_bias, dtype, name=name)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear map: [B, H, W, 3] -> [B, H // p, W // p, dim]. Rests are cut off."""
+
+    dim: int
+    patch_size: int
+    dtype: Any = jnp.float32
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        batch, height, width, channels = images_BxHxWxC.shape
+        p = self.patch_size
+        h, w = height // p, width // p
+        if not h or not w:
+            raise ValueError(f"image of {height}x{width} pixels is smaller than one patch of {p}x{p}")
+        bound = (channels * p * p) ** -0.5
+
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        kernel = self.param("kernel", uniform, (p, p, channels, self.dim))
+        patches = images_BxHxWxC[:, : h * p, : w * p].astype(self.dtype).reshape(batch, h, p, w, p, channels)
+        out = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel.astype(self.dtype))
+        if not self.use_bias:
+            return out
+        return out + self.param("bias", uniform, (self.dim,)).astype(self.dtype)
