@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from eupe_jax.models.rope import apply_rope
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+RotateFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # The published init truncates at +-2, a hundred standard deviations: a plain normal.
 dense_init = nn.initializers.normal(0.02)
@@ -120,7 +121,11 @@ def plain_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.A
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions on the trailing tokens. `attention_fn` replaces `plain_attention`."""
+    """Self-attention. `attention_fn` replaces `plain_attention`.
+
+    `rotate(x, *rope)` gives queries and keys their positions, on as many trailing tokens as the tables of `rope` have;
+    None leaves them as they are.
+    """
 
     num_heads: int
     qkv_bias: bool = True
@@ -128,15 +133,17 @@ class Attention(nn.Module):
     proj_bias: bool = True
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
+    rotate: RotateFn | None = apply_rope
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
         batch, tokens, dim = x_BxTxD.shape
         qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")(x_BxTxD)
         qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        attend = self.attention_fn or plain_attention
-        out = attend(apply_rope(q, sin, cos), apply_rope(k, sin, cos), v).reshape(batch, tokens, dim)
+        if self.rotate is not None:
+            q, k = self.rotate(q, *rope), self.rotate(k, *rope)
+        out = (self.attention_fn or plain_attention)(q, k, v).reshape(batch, tokens, dim)
         out = checkpoint_name(out, "attention")
         return nn.Dense(dim, use_bias=self.proj_bias, dtype=self.dtype, kernel_init=dense_init, name="proj")(out)
 
