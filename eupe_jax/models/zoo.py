@@ -7,10 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from eupe_jax.models import convnext, vit
+from eupe_jax.models import convnext, perception_encoder, vit
 from eupe_jax.models.spec import EncoderSpec, Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (vit.FAMILY, convnext.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (vit.FAMILY, convnext.FAMILY, perception_encoder.FAMILY)
+}
 _SPECS: dict[str, EncoderSpec] = {s.name: s for family in FAMILIES.values() for s in family.specs}
 
 
