@@ -28,7 +28,7 @@ class HostTeacher(Protocol):
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
-def load_host_teacher(path: str, **kwargs) -> HostTeacher:
+def load_host_teacher(path: str, /, **kwargs) -> HostTeacher:
     """Builds the teacher at import path "package.module:Class" with `kwargs`.
 
     Raises ValueError for a malformed path, an attribute that is not there, wrong kwargs or an object that is no
