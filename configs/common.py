@@ -1,0 +1,182 @@
+"""What every recipe shares: the fields of a run, with the choices that the paper leaves open.
+
+A recipe is a function `get_config(mode="")` that returns a complete ConfigDict; `--print_config` of launch/train.py
+shows it whole. Any field can be overridden: `--config.optimizer.learning_rate=1e-4`. The mode `runlocal`
+(`--config=configs/stage2_vitb.py:runlocal`) keeps the shape of the run and shrinks everything else, so that it
+takes seconds on a laptop and needs neither data nor weights.
+
+"Ours" below marks a choice of this project where the paper (EUPE, arXiv 2603.22387) is silent.
+"""
+
+from ml_collections import ConfigDict
+
+from eupe_jax.models import zoo
+
+MODES = ("", "runlocal")
+
+
+def base() -> ConfigDict:
+    """Fields common to all stages. Recipes set the ones left at zero or empty."""
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 0
+    config.batch_size = 0  # global: images a step over all devices
+
+    config.students = ConfigDict()  # name -> student(...)
+    config.teachers = ConfigDict()  # name -> encoder_teacher(...) or host_teacher(...)
+    config.student_resolutions = (256,)  # one is drawn each step; teachers have their own, drawn independently
+
+    config.adapter = ConfigDict()
+    config.adapter.hidden_dim = 3072  # EUPE §4.1: 1536 in stage 1, 3072 in stages 2 and 3
+    config.adapter.eps = 1e-5  # ours: PyTorch's LayerNorm default
+
+    config.loss = ConfigDict()
+    config.loss.patch_cosine = 0.9  # EUPE §3.2, alpha
+    config.loss.patch_smooth_l1 = 0.1  # EUPE §3.2, beta
+    config.loss.smooth_l1_beta = 1.0  # ours: PyTorch's default, as in AM-RADIO
+    config.loss.shuffle_targets = False  # a control: images get their neighbours' targets
+
+    config.optimizer = ConfigDict()  # ours, but for learning rate, cosine and weight decay
+    config.optimizer.learning_rate = 0.0  # "base" rate of EUPE §4.1
+    config.optimizer.lr_scaling = "none"  # "none": the paper's figure taken literally; "sqrt": x 4 sqrt(B / 1024),
+    # the rule of the code base it grew from; "linear": x B / 256
+    config.optimizer.min_learning_rate = 0.0
+    config.optimizer.warmup_steps = 0
+    config.optimizer.weight_decay = 1e-4  # EUPE §4.1; not on biases, norms, LayerScale, tokens
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 3.0  # DINOv3's distillation
+
+    # Folder of statistics measured for this very run (launch/measure_statistics.py), or, declaring that resolution or
+    # data differ, the folder or checkpoint of another run to take them from. Exactly one is set.
+    config.statistics = ""
+    config.statistics_from = ""
+    config.statistics_steps = 500  # EUPE §4.1
+
+    config.data = ConfigDict()
+    config.data.image_size = 256  # canonical size the host crops to: the largest view of the run
+    config.data.sources = ConfigDict()  # name -> source(...)
+    config.data.crop_scale = (0.32, 1.0)  # ours: DINOv3's global crop; the paper only names RandomResizedCrop
+    config.data.crop_ratio = (0.75, 4 / 3)
+    config.data.workers = 16  # decoding threads a host
+    config.data.max_broken_fraction = 0.001
+
+    config.augment = ConfigDict()  # EUPE §4.1 names the operations, DINOv3's second global crop gives the figures
+    config.augment.flip = 0.5
+    config.augment.jitter = 0.8
+    config.augment.brightness = 0.4
+    config.augment.contrast = 0.4
+    config.augment.saturation = 0.2
+    config.augment.hue = 0.1
+    config.augment.grayscale = 0.2
+    config.augment.blur = 0.5
+    config.augment.solarize = 0.2
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.save_every = 2000  # steps
+    config.checkpoint.keep = 3
+    config.checkpoint.keep_every = 0  # steps kept for good, 0: none
+
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices a parameter is cut over; the data axis takes the rest
+
+    config.log_every = 50
+    return config
+
+
+def student(model: str, *, init_from: str = "", dtype: str = "bfloat16", remat: str = "none", **overrides) -> ConfigDict:
+    """One trainable encoder. `overrides` are constructor arguments of the model."""
+    entry = ConfigDict({"model": model, "dtype": dtype, "remat": remat})
+    entry.overrides = ConfigDict(overrides)
+    # A checkpoint (backbone and adapters; fresh optimiser) or an official .safetensors/.pt file (backbone); "" starts
+    # from random weights.
+    entry.init_from = init_from
+    entry.init_adapters = True
+    return entry
+
+
+def encoder_teacher(
+    model: str, resolutions: tuple[int, ...], *, class_token: str = "native", checkpoint: str = "", **overrides
+) -> ConfigDict:
+    """A frozen Flax encoder inside the step. `checkpoint`: an Orbax checkpoint, or "random" for smoke tests."""
+    entry = ConfigDict({"kind": "encoder", "model": model, "checkpoint": checkpoint, "student": ""})
+    entry.overrides = ConfigDict(overrides)
+    entry.dtype = "bfloat16"
+    return _teacher(entry, resolutions, class_token)
+
+
+def host_teacher(factory: str, resolution: int, *, class_token: str = "native", **kwargs) -> ConfigDict:
+    """A frozen teacher beside the input pipeline: `factory` is an import path "package.module:Class"."""
+    entry = ConfigDict({"kind": "host", "factory": factory, "kwargs": ConfigDict(kwargs)})
+    return _teacher(entry, (resolution,), class_token)
+
+
+def _teacher(entry: ConfigDict, resolutions: tuple[int, ...], class_token: str) -> ConfigDict:
+    entry.resolutions = tuple(resolutions)
+    entry.class_token = class_token
+    entry.class_weight = 1.0
+    entry.patch_weight = 1.0
+    return entry
+
+
+def source(kind: str, path: str, weight: float = 1.0, **options) -> ConfigDict:
+    """One image source; each step draws its whole batch from one, with probability proportional to `weight`."""
+    return ConfigDict({"kind": kind, "path": path, "weight": weight, "options": ConfigDict(options)})
+
+
+def lvd_like_mixture() -> ConfigDict:
+    """EUPE §3.4: a batch is ImageNet-1k alone with probability 10%, else from the large set.
+
+    LVD-1689M is not public: name your own large collection with --config.data.sources.large.path.
+    """
+    return ConfigDict(
+        {
+            "imagenet": source("tfds", "imagenet2012:train", weight=0.1),
+            "large": source("images", "", weight=0.9),
+        }
+    )
+
+
+_TINY = {
+    "vit": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    "convnext": {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)},
+    "perception_encoder": {"width": 32, "layers": 2, "heads": 2, "mlp_dim": 64},
+}
+
+
+def finish(config: ConfigDict, mode: str) -> ConfigDict:
+    """Applies `mode`, then locks the fields so that a misspelt override is an error.
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown config mode {mode!r}: use one of {MODES}")
+    if mode == "runlocal":
+        _shrink(config)
+    return config.lock()
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Two random tiny models, 64 pixels and below, synthetic images, a few steps: seconds, no data, no weights."""
+    sides = {side: 32 * (1 + i) for i, side in enumerate(sorted(set(config.student_resolutions)))}
+    config.student_resolutions = tuple(sides[s] for s in config.student_resolutions)
+    for entry in (*config.students.values(), *config.teachers.values()):
+        family = zoo.spec(entry.model).family
+        entry.overrides = ConfigDict(_TINY[family])
+        entry.dtype = "float32"
+    for entry in config.teachers.values():
+        patch = zoo.spec(entry.model).patch_size
+        entry.resolutions = tuple(patch * 2 * (1 + i) for i in range(len(entry.resolutions)))
+        entry.checkpoint = "random"
+    config.data.sources = ConfigDict({"synthetic": source("synthetic", "", size=64)})
+    config.data.image_size = max(config.student_resolutions)
+    config.data.workers = 2
+    config.total_steps, config.batch_size, config.adapter.hidden_dim = 6, 8, 16
+    config.optimizer.warmup_steps = 1
+    config.statistics_steps = 2
+    config.checkpoint.save_every = 3
+    config.log_every = 1
+    for entry in config.students.values():
+        entry.init_from = ""

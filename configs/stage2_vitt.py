@@ -1,0 +1,16 @@
+"""Stage 2 for ViT-T/16: 5.49M parameters, and 10.6M in its two adapters.
+
+    python launch/train.py --config=configs/stage2_vitt.py --workdir=gs://BUCKET/stage2_vitt \\
+        --config.teachers.proxy.checkpoint=gs://BUCKET/stage1 \\
+        --config.statistics=gs://BUCKET/stage2/statistics --config.data.sources.large.path=...
+
+Sources of all figures: stage2_base.py. Statistics of the proxy come from launch/measure_statistics.py with this config.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import stage2_base
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    return stage2_base.base("vitt", "eupe_vitt16", mode)

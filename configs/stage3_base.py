@@ -1,0 +1,31 @@
+"""Stage 3: a short multi-resolution finetune of a stage-2 student (EUPE §3.1, §4.1).
+
+From the paper: starts from the stage-2 student, same proxy as teacher, batch 4096, 100,000 iterations (0.41 billion
+samples), base rate 1e-5, student and proxy each draw one of {256, 384, 512} at every iteration, independently.
+
+Ours: weight decay as in stage 2, cosine as in stage 2, 500 warm-up steps, stage 2's statistics (its adapters were
+trained on them), adapters carried over, fresh optimiser.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PYRAMID = (256, 384, 512)
+
+
+def base(name: str, model: str, mode: str) -> ConfigDict:
+    config = common.base()
+    config.total_steps = 100_000
+    config.batch_size = 4096
+    config.students[name] = common.student(model)
+    config.teachers.proxy = common.encoder_teacher("eupe_proxy", PYRAMID)
+    config.student_resolutions = PYRAMID
+    config.adapter.hidden_dim = 3072
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 500
+    config.optimizer.weight_decay = 1e-4
+    config.data.image_size = max(PYRAMID)
+    config.data.sources = common.lvd_like_mixture()
+    config.mesh.fsdp = 16
+    return common.finish(config, mode)

@@ -1,0 +1,291 @@
+"""From a config to the parts of a run: teachers with weights, students, optimisers."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from eupe_jax.distill.adapters import AdapterBank
+from eupe_jax.distill.host_teachers import HostTeacher, load_host_teacher
+from eupe_jax.distill.normalization import Provenance, Statistics
+from eupe_jax.distill.step import Student
+from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.distill.teacher_spec import fingerprint as teacher_fingerprint
+from eupe_jax.distill.teachers import Teacher
+from eupe_jax.models import interchange, zoo
+from eupe_jax.sharding.rules import shardings
+from eupe_jax.training import checkpoints
+from eupe_jax.training.fingerprint import fingerprint
+from eupe_jax.training.optimizer import make_optimizer
+
+RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teachers:
+    """All teachers of a run.
+
+    by_name: what the step needs of each. variables: weights of the in-graph ones. hosts: the host ones.
+    chains: {teacher: {"adapters", "statistics"}} and chain_headers: for teachers that were themselves distilled, the
+    way back to their own teachers.
+    """
+
+    by_name: dict[str, Teacher]
+    variables: dict[str, Any]
+    hosts: dict[str, HostTeacher]
+    chains: dict[str, dict]
+    chain_headers: dict[str, dict]
+
+
+def describe_teachers(config: ConfigDict) -> dict[str, Teacher]:
+    """The in-graph teachers as configured, without weights: enough for shapes and parameter counts."""
+    teachers = {}
+    for name, entry in config.teachers.items():
+        if entry.kind != "encoder":
+            raise ValueError(f"teachers.{name} is a host teacher: its widths are known only once it is loaded")
+        spec = zoo.spec(entry.model, **entry.overrides)
+        module = zoo.build(entry.model, dtype=jnp.dtype(entry.dtype), **entry.overrides)
+        teachers[name] = _teacher(name, entry, _teacher_spec(name, entry, spec, "not loaded"), module)
+    return teachers
+
+
+def load_teachers(config: ConfigDict, mesh: Mesh) -> Teachers:
+    """Loads every teacher's weights, frozen and placed on the mesh.
+
+    Raises:
+      ValueError, FileNotFoundError: a checkpoint is missing, is another model, or a field is wrong.
+    """
+    loaded = Teachers({}, {}, {}, {}, {})
+    for name, entry in config.teachers.items():
+        if entry.kind == "encoder":
+            _load_encoder_teacher(loaded, name, entry, mesh)
+        elif entry.kind == "host":
+            host = load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])
+            spec = dataclasses.replace(host.spec, name=name, fingerprint=_with_token(host.spec.fingerprint, entry))
+            loaded.hosts[name] = host
+            loaded.by_name[name] = _teacher(name, entry, spec, None)
+        else:
+            raise ValueError(f"teachers.{name}.kind is {entry.kind!r}: use 'encoder' or 'host'")
+    if not loaded.by_name:
+        raise ValueError("config.teachers is empty: a run needs at least one teacher")
+    return loaded
+
+
+def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: Mesh) -> None:
+    if not entry.checkpoint:
+        raise ValueError(f"teachers.{name}.checkpoint is empty: give --config.teachers.{name}.checkpoint=DIR")
+    dtype = jnp.dtype(entry.dtype)
+    if entry.checkpoint == RANDOM:
+        logging.warning("teacher %r has random weights: good for a smoke test only", name)
+        spec = zoo.spec(entry.model, **entry.overrides)
+        module = zoo.build(entry.model, dtype=dtype, **entry.overrides)
+        side = entry.resolutions[0]
+        variables = jax.jit(module.init)(jax.random.key(sum(map(ord, name))), jnp.zeros((1, side, side, 3)))
+    else:
+        encoder = checkpoints.load_encoder(entry.checkpoint, entry.student or None, dtype=dtype)
+        if encoder.name != entry.model:
+            raise ValueError(
+                f"teachers.{name}.model is {entry.model!r}, but {entry.checkpoint} holds {encoder.name!r}"
+            )
+        spec, module, variables = zoo.spec(encoder.name, **encoder.overrides), encoder.module, encoder.variables
+        spec = dataclasses.replace(spec, mean=encoder.mean, std=encoder.std)
+        if encoder.manifest.get("adapters"):
+            statistics = checkpoints.load_statistics(entry.checkpoint)
+            loaded.chains[name] = {
+                "adapters": checkpoints.load_adapters(entry.checkpoint, entry.student or None),
+                "statistics": {k: s.arrays() for k, s in statistics.items()},
+            }
+            loaded.chain_headers[name] = {
+                "adapters": encoder.manifest["adapters"],
+                "statistics": {k: s.header() for k, s in statistics.items()},
+            }
+    weights = fingerprint(variables)
+    if dtype != jnp.float32:
+        # exact: kernels are cast to the compute type at every use anyway
+        variables = jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(dtype) if getattr(path[-1], "key", "") == "kernel" else x, variables
+        )
+    loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh))
+    loaded.by_name[name] = _teacher(name, entry, _teacher_spec(name, entry, spec, weights), module)
+
+
+def _with_token(weights: str, entry: ConfigDict) -> str:
+    return weights if entry.class_token == "native" else f"{weights}+{entry.class_token}"
+
+
+def _teacher_spec(name: str, entry: ConfigDict, spec: zoo.EncoderSpec, weights: str) -> TeacherSpec:
+    digest = teacher_fingerprint(weights, {"class_token": entry.class_token}, spec.mean, spec.std)
+    return TeacherSpec(
+        name, spec.cls_dim, spec.patch_dim, spec.patch_size, entry.resolutions[0], spec.mean, spec.std, digest
+    )
+
+
+def _teacher(name: str, entry: ConfigDict, spec: TeacherSpec, module: Any) -> Teacher:
+    return Teacher(spec, entry.class_token, module, entry.class_weight, entry.patch_weight)
+
+
+def make_students(config: ConfigDict, teachers: Mapping[str, Teacher]) -> dict[str, Student]:
+    """Every student with its adapters and optimiser; no arrays yet."""
+    if not config.students:
+        raise ValueError("config.students is empty: a run needs at least one student")
+    students = {}
+    for name, entry in config.students.items():
+        spec = zoo.spec(entry.model, **entry.overrides)
+        dtype = jnp.dtype(entry.dtype)
+        students[name] = Student(
+            module=zoo.build(entry.model, dtype=dtype, remat=entry.remat, **entry.overrides),
+            adapters=AdapterBank(
+                config.adapter.hidden_dim, {t: teacher.out_dims for t, teacher in teachers.items()},
+                config.adapter.eps, dtype,
+            ),
+            optimizer=make_optimizer(config.optimizer, config.batch_size, config.total_steps),
+            mean=spec.mean,
+            std=spec.std,
+        )
+    return students
+
+
+def init_state(config: ConfigDict, students: Mapping[str, Student], mesh: Mesh) -> dict:
+    """The state at step 0, created straight in its shardings, with `init_from` applied."""
+    side = config.student_resolutions[0]
+    key = jax.random.key(config.seed)
+
+    def init() -> dict:
+        # every student starts from the same key: a family trains like its members alone
+        fresh = {name: student.init(key, side) for name, student in students.items()}
+        return {"step": jnp.zeros((), jnp.int32), "students": fresh}
+
+    state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()
+    for name, entry in config.students.items():
+        if entry.init_from:
+            state["students"][name] = _initialise_from(name, entry, state["students"][name])
+    return state
+
+
+def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
+    """Backbone (and adapters, where the source has them) from another run or an official file; fresh optimiser."""
+    path = epath.Path(entry.init_from)
+    backbone = {"params": student["params"]["backbone"], "buffers": student["buffers"]}
+    if path.suffix in (".safetensors", ".pt", ".pth"):
+        weights = read_weights(path)
+        variables = interchange.from_state_dict(entry.model, weights, **entry.overrides)
+        variables = {"params": variables["params"], "buffers": variables.get("buffers", {})}
+        variables = jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), variables, backbone)
+        adapters = student["params"]["adapters"]
+        logging.info("students.%s: backbone from %s, fresh adapters", name, path)
+    else:
+        step = checkpoints.step_directory(path)
+        manifest = checkpoints.read_manifest(step)
+        source = name if name in manifest["students"] else checkpoints.pick_student(manifest, None, path)
+        if manifest["students"][source]["model"] != entry.model:
+            raise ValueError(
+                f"students.{name}.init_from: {path} holds {manifest['students'][source]['model']!r}, not {entry.model!r}"
+            )
+        variables = checkpoints.restore_item(step, f"{source}.backbone", backbone)
+        adapters = student["params"]["adapters"]
+        if entry.init_adapters:
+            try:
+                adapters = checkpoints.restore_item(step, f"{source}.adapters", adapters)
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(
+                    f"students.{name}.init_from: the adapters in {path} do not fit this run's teachers and "
+                    f"adapter.hidden_dim; --config.students.{name}.init_adapters=False starts fresh ones"
+                ) from error
+        logging.info("students.%s: backbone%s from %s", name, " and adapters" * entry.init_adapters, step)
+    return {
+        "params": {"backbone": variables["params"], "adapters": adapters},
+        "buffers": variables["buffers"],
+        "optimizer": student["optimizer"],
+    }
+
+
+def read_weights(path: epath.PathLike) -> dict:
+    """An official weights file as numpy arrays: .safetensors, or .pt/.pth (needs torch; never unpickles code)."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if path.suffix == ".safetensors":
+        import safetensors.numpy
+
+        return safetensors.numpy.load(path.read_bytes())
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"{path} needs PyTorch to be read (pip install 'eupe_jax[export]'), or convert it first") from error
+    with path.open("rb") as file:
+        state_dict = torch.load(file, map_location="cpu", weights_only=True)
+    return {k: v.float().numpy() for k, v in state_dict.items()}
+
+
+def find_statistics(config: ConfigDict, teachers: Mapping[str, Teacher]) -> dict[str, Statistics]:
+    """Reads the statistics a config names and refuses those of other teachers.
+
+    Raises:
+      ValueError: not exactly one of `statistics` and `statistics_from` is set, or a teacher's are missing.
+      StatisticsMismatch: they were measured on something else.
+    """
+    if bool(config.statistics) == bool(config.statistics_from):
+        raise ValueError(
+            "set exactly one of --config.statistics=FOLDER (measured for this run by launch/measure_statistics.py) and "
+            "--config.statistics_from=FOLDER_OR_CHECKPOINT (another run's)"
+        )
+    declared = bool(config.statistics_from)
+    folder = epath.Path(config.statistics_from or config.statistics)
+    if declared and not any(folder.glob("*.safetensors")):
+        found = checkpoints.load_statistics(folder)
+    else:
+        found = {name: Statistics.load(folder / f"{name}.safetensors") for name in teachers}
+    for name, teacher in teachers.items():
+        if name not in found:
+            raise ValueError(f"{folder} has statistics of {sorted(found)}, none of teacher {name!r}")
+        found[name].require(provenance(config, name, teacher), declared=declared, source=str(folder))
+        missing = set(teacher.out_dims) - set(found[name].mean)
+        if missing:
+            raise ValueError(f"statistics of {name!r} in {folder} lack {sorted(missing)} tokens: measure them again")
+    return {name: found[name] for name in teachers}
+
+
+def provenance(config: ConfigDict, name: str, teacher: Teacher) -> Provenance:
+    """What statistics measured for this config would say of themselves."""
+    sources = ", ".join(f"{k}: {s.kind} {s.path} x {s.weight}" for k, s in sorted(config.data.sources.items()))
+    recipe = f"{sources}; crop {tuple(config.data.crop_scale)} to {config.data.image_size}"
+    return Provenance.of(teacher.spec, tuple(config.teachers[name].resolutions), recipe)
+
+
+def manifest(config: ConfigDict, teachers: Teachers, statistics: Mapping[str, Statistics]) -> dict:
+    """What a person, or a loader, needs to know about this run's checkpoints."""
+    students = {}
+    for name, entry in config.students.items():
+        spec = zoo.spec(entry.model, **entry.overrides)
+        students[name] = {
+            "model": entry.model,
+            "overrides": entry.overrides.to_dict(),
+            "resolution": max(config.student_resolutions),
+            "resolutions": list(config.student_resolutions),
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "patch_size": spec.patch_size,
+            "cls_dim": spec.cls_dim,
+            "patch_dim": spec.patch_dim,
+            "num_storage_tokens": spec.num_storage_tokens,
+            "token_layout": "class, storage, patches in rows from the top left",
+            "adapters": {
+                "hidden_dim": config.adapter.hidden_dim,
+                "eps": config.adapter.eps,
+                "out_dims": {t: teacher.out_dims for t, teacher in teachers.by_name.items()},
+            },
+        }
+    return {
+        "students": students,
+        "teachers": {t: dataclasses.asdict(v.spec) | {"class_token": v.class_token} for t, v in teachers.by_name.items()},
+        "statistics": {name: s.header() for name, s in statistics.items()},
+        "chain": teachers.chain_headers,
+        "config": config.to_dict(),
+        "versions": checkpoints.versions(),
+    }

@@ -1,0 +1,259 @@
+"""Checkpoints: what is in them, how they are written, and how to load an encoder from one.
+
+One Orbax step directory holds, apart so that each can be loaded alone:
+  STUDENT.backbone, STUDENT.adapters, STUDENT.optimizer   for every student
+  statistics    {teacher: {"mean", "std"}} that its targets were normalised with
+  chain         {teacher: {"adapters", "statistics"}} of every teacher that was itself distilled: the way back to the
+                experts (zero-shot needs it). Never a teacher's backbone.
+  manifest      JSON a person can read: models, resolution, pixel statistics, config, versions
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from eupe_jax.distill.normalization import Statistics
+from eupe_jax.distill.teachers import view
+from eupe_jax.models import zoo
+
+FORMAT = "eupe_jax/1"
+MANIFEST = "manifest"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint means."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+
+
+class Checkpoints:
+    """The checkpoints of one run: asynchronous, atomic saves under `workdir/checkpoints`."""
+
+    def __init__(self, workdir: epath.PathLike, config: ConfigDict) -> None:
+        """`config`: save_every (steps), keep (newest kept), keep_every (steps kept for good, 0 for none)."""
+        self.directory = epath.Path(workdir) / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                save_interval_steps=config.save_every,
+                max_to_keep=config.keep,
+                keep_period=config.keep_every or None,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: Mapping, statistics: Mapping, chain: Mapping, manifest: Mapping, *, force: bool = False) -> None:
+        """Starts a save when the policy asks for one; returns as soon as the state is copied off the devices."""
+        step = int(state["step"])
+        if self._manager.latest_step() == step or not (force or self._manager.should_save(step)):
+            return
+        items: dict[str, Any] = {}
+        for name, student in state["students"].items():
+            params = student["params"]
+            items[f"{name}.backbone"] = {"params": params["backbone"], "buffers": student["buffers"]}
+            items[f"{name}.adapters"] = params["adapters"]
+            items[f"{name}.optimizer"] = student["optimizer"]
+        items["statistics"] = dict(statistics)
+        if chain:
+            items["chain"] = dict(chain)
+        args = {key: ocp.args.StandardSave(value) for key, value in items.items()}
+        args[MANIFEST] = ocp.args.JsonSave({**manifest, "format": FORMAT, "step": step})
+        self._manager.save(step, args=ocp.args.Composite(**args), force=force)
+
+    def restore(self, state: Mapping, step: int) -> dict:
+        """The state at `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings) says.
+
+        Works on another mesh and another number of hosts than the checkpoint was written on.
+
+        Raises:
+          ValueError: the checkpoint holds other students or shapes than this run.
+        """
+        args = {}
+        for name, student in state["students"].items():
+            params = student["params"]
+            backbone = {"params": params["backbone"], "buffers": student["buffers"]}
+            args[f"{name}.backbone"] = ocp.args.StandardRestore(abstract(backbone))
+            args[f"{name}.adapters"] = ocp.args.StandardRestore(abstract(params["adapters"]))
+            args[f"{name}.optimizer"] = ocp.args.StandardRestore(abstract(student["optimizer"]))
+        try:
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(f"checkpoint {self.directory / str(step)} does not fit this config: {error}") from error
+        students = {
+            name: {
+                "params": {"backbone": items[f"{name}.backbone"]["params"], "adapters": items[f"{name}.adapters"]},
+                "buffers": items[f"{name}.backbone"]["buffers"],
+                "optimizer": items[f"{name}.optimizer"],
+            }
+            for name in state["students"]
+        }
+        counter = jax.device_put(np.int32(step), getattr(state["step"], "sharding", None))
+        return {"step": counter, "students": students}
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def abstract(tree: Any) -> Any:
+    """ShapeDtypeStructs, with shardings where the leaves have them."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree
+    )
+
+
+def step_directory(path: epath.PathLike) -> epath.Path:
+    """The step directory that a workdir, its `checkpoints` folder or a step directory stands for (newest step).
+
+    Raises:
+      FileNotFoundError: no such path, or nothing in it is a finished checkpoint.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: no such path")
+    if (path / MANIFEST).exists():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").exists() else path
+    steps = [p for p in root.iterdir() if p.name.isdigit() and (p / MANIFEST).exists()] if root.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(f"no finished checkpoint in {path}: expected a training workdir or a step directory")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def read_manifest(path: epath.PathLike) -> dict:
+    """The manifest of a checkpoint (see `step_directory` for what `path` may be)."""
+    step = step_directory(path)
+    try:
+        manifest = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step / MANIFEST)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{step / MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{step} is not a checkpoint of eupe_jax (its manifest is not of format {FORMAT!r})")
+    return manifest
+
+
+def restore_item(step: epath.Path, item: str, target: Any | None = None) -> Any:
+    """One item of a step directory: as `target` (abstract, with shardings) says, else as numpy arrays.
+
+    Raises:
+      FileNotFoundError: the checkpoint has no such item.
+      ValueError: its shapes or names differ from `target`.
+    """
+    if not (step / item).exists():
+        raise FileNotFoundError(f"{step} holds no {item!r}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        if target is not None:
+            try:
+                return checkpointer.restore(step / item, abstract(target))
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{step / item} does not fit the model its manifest names: {error}") from error
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(step / item).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        return checkpointer.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=arguments))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder with its weights and with how to feed it.
+
+    `encoder(images)` takes uint8, or float in [0, 1], images [B, H, W, 3] and gives
+    {"cls": [B, Dc], "storage": [B, R, D], "patches": [B, h, w, Dp]}.
+    """
+
+    name: str
+    overrides: dict
+    module: nn.Module
+    variables: dict
+    manifest: dict
+    student: str = ""
+
+    @property
+    def resolution(self) -> int:
+        return int(self.manifest["resolution"])
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(self.manifest["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return tuple(self.manifest["std"])
+
+    def preprocess(self, images_BxHxWx3: np.ndarray, resolution: int | None = None) -> jax.Array:
+        """Squashes to `resolution` (default: the one trained at) and normalises: [B, S, S, 3] float32."""
+        images = jnp.asarray(images_BxHxWx3)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be [B, H, W, 3], got {list(images.shape)}")
+        scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+        return view(images.astype(jnp.float32) / scale, resolution or self.resolution, self.mean, self.std)
+
+    def __call__(self, images_BxHxWx3: np.ndarray, resolution: int | None = None) -> dict[str, jax.Array]:
+        return _apply(self.module, self.variables, self.preprocess(images_BxHxWx3, resolution))
+
+
+_apply = jax.jit(lambda module, variables, x: module.apply(variables, x), static_argnums=0)
+
+
+def pick_student(manifest: Mapping, student: str | None, path: epath.PathLike) -> str:
+    """The student to load: the only one, or the one named."""
+    names = sorted(manifest["students"])
+    if student is None and len(names) == 1:
+        return names[0]
+    if student not in names:
+        raise ValueError(f"{path} holds students {names}: name one" + (f", not {student!r}" if student else ""))
+    return student
+
+
+def load_encoder(path: epath.PathLike, student: str | None = None, dtype: jnp.dtype = jnp.float32) -> LoadedEncoder:
+    """Loads one student's backbone from a training workdir, its `checkpoints` folder or a step directory.
+
+    Args:
+      student: which one, where the run trained several.
+      dtype: compute type; parameters stay as stored.
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: not ours, ambiguous, or damaged.
+    """
+    step = step_directory(path)
+    manifest = read_manifest(step)
+    name = pick_student(manifest, student, path)
+    entry = manifest["students"][name]
+    # JSON has no tuples; modules must be hashable
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["overrides"].items()}
+    module = zoo.build(entry["model"], dtype=dtype, **overrides)
+    side = int(entry["resolution"])
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    target = {"params": shapes["params"], "buffers": shapes.get("buffers", {})}
+    variables = restore_item(step, f"{name}.backbone", target)
+    described = {**entry, "step": manifest["step"], "format": manifest["format"], "path": str(step)}
+    return LoadedEncoder(entry["model"], overrides, module, variables, described, name)
+
+
+def load_adapters(path: epath.PathLike, student: str | None = None) -> dict:
+    """The adapter parameters of one student: {"TEACHER_KIND": {"fc1", "norm", "fc2"}}, numpy."""
+    step = step_directory(path)
+    return restore_item(step, f"{pick_student(read_manifest(step), student, path)}.adapters")
+
+
+def load_statistics(path: epath.PathLike) -> dict[str, Statistics]:
+    """The statistics that a checkpoint's targets were normalised with: {teacher: Statistics}."""
+    step = step_directory(path)
+    headers = read_manifest(step)["statistics"]
+    arrays = restore_item(step, "statistics")
+    return {name: Statistics.from_parts(arrays[name], header) for name, header in headers.items()}

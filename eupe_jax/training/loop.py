@@ -1,0 +1,141 @@
+"""One training run, top to bottom. The same lines serve all three stages: only the config differs."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from eupe_jax.distill import resolutions
+from eupe_jax.sharding.mesh import make_mesh
+from eupe_jax.sharding.rules import shardings
+from eupe_jax.training import assemble, pipeline
+from eupe_jax.training.checkpoints import Checkpoints
+from eupe_jax.training.metrics import MetricWriter, RunningMetrics
+from eupe_jax.training.optimizer import make_schedule
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Something to run inside training: `run(state) -> scalars`, every `every` steps and at the end."""
+
+    name: str
+    every: int
+    run: Callable[[dict], dict[str, float]]
+
+
+def train(
+    config: ConfigDict, workdir: epath.PathLike, *, evals: Sequence[Eval] = (), stop_at: int | None = None
+) -> dict:
+    """Trains until `config.total_steps`, resuming from the newest checkpoint in `workdir`; returns the final state.
+
+    Args:
+      stop_at: stop early after this step, with a checkpoint, without changing the schedule; run again to go on.
+
+    Raises:
+      ValueError, OSError: bad config, data, statistics, checkpoint or workdir, before anything is trained.
+    """
+    # ---- where the run lives
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    pipeline.check_config(config)
+    main_process = jax.process_index() == 0
+    claim_workdir(workdir, config, write=main_process)
+    mesh = make_mesh(config.mesh.fsdp)
+    logging.info("%d devices, mesh %s", jax.device_count(), dict(mesh.shape))
+
+    # ---- who teaches, and on what scale
+    teachers = assemble.load_teachers(config, mesh)
+    statistics = assemble.find_statistics(config, teachers.by_name)
+    statistics_arrays = {name: s.arrays() for name, s in statistics.items()}
+
+    # ---- who learns, from where
+    students = assemble.make_students(config, teachers.by_name)
+    state = assemble.init_state(config, students, mesh)
+    saver = Checkpoints(workdir, config.checkpoint)
+    if saver.latest_step is not None:
+        state = saver.restore(state, saver.latest_step)
+        logging.info("resumed from step %d", saver.latest_step)
+    manifest = assemble.manifest(config, teachers, statistics)
+    start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
+
+    # ---- the step, once for every combination of resolutions
+    state_shardings = shardings(state, mesh)
+    steps = {
+        chosen: jax.jit(
+            pipeline.make_step(config, students, teachers, chosen),
+            donate_argnums=0,
+            out_shardings=(state_shardings, None),
+        )
+        for chosen in resolutions.every(config.student_resolutions, pipeline.teacher_sizes(config))
+    }
+    schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
+
+    # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
+    batches = pipeline.batches(config, teachers.hosts, mesh, start_step=start)
+    running = RunningMetrics()
+    writer = MetricWriter(workdir, resume_step=start, enabled=main_process)
+    bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not main_process, desc=workdir.name)
+    try:
+        for step in range(start, end):
+            chosen = resolutions.choose(
+                config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config)
+            )
+            state, metrics = steps[chosen](state, next(batches), teachers.variables, statistics_arrays)
+            running.add(metrics)
+            done = step + 1
+            bar.update()
+            if done % config.log_every == 0 or done == end:
+                scalars = running.pop(final=done == end)
+                if scalars:
+                    writer.write(done, scalars | {"learning_rate": float(schedule(step))})
+                    bar.set_postfix({k.removesuffix("/loss"): f"{v:.3f}" for k, v in scalars.items() if k.endswith("/loss")})
+            for each in evals:
+                if done % each.every == 0 or done == config.total_steps:
+                    writer.write(done, {f"{each.name}/{k}": v for k, v in each.run(state).items()})
+            saver.save(state, statistics_arrays, teachers.chains, manifest, force=done == end)
+    finally:
+        bar.close()
+        batches.close()
+        writer.close()
+        saver.close()
+    return state
+
+
+# Fields that do not change what is computed: a resumed run may differ in them.
+FREE_FIELDS = ("log_every", "checkpoint", "data.workers", "mesh")
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict, *, write: bool) -> None:
+    """Records the config in a new workdir; in one that has a config, refuses to go on with another.
+
+    Raises:
+      ValueError: lists every field that differs.
+    """
+    path = workdir / "config.json"
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+        differences = list(_differences(json.loads(path.read_text()), wanted))
+        if differences:
+            raise ValueError(
+                f"{workdir} holds a run of another config; choose another workdir or go back to: "
+                + "; ".join(f"{field}={old!r} (now {new!r})" for field, old, new in differences)
+            )
+    if write:
+        partial = workdir / ".config.json.partial"
+        partial.write_text(json.dumps(wanted, indent=2))
+        partial.replace(path)
+
+
+def _differences(old: object, new: object, prefix: str = ""):
+    if prefix.rstrip(".") in FREE_FIELDS:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix.rstrip("."), old, new

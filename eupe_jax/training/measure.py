@@ -1,0 +1,39 @@
+"""Measuring the frozen statistics of a run's teachers (EUPE §3.3: 500 iterations before training)."""
+
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from eupe_jax.distill.normalization import Accumulator, Statistics
+from eupe_jax.sharding.mesh import make_mesh
+from eupe_jax.training import assemble, pipeline
+
+
+def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Statistics]:
+    """Runs every teacher over `config.statistics_steps` batches of the run's own data and writes
+    `out/TEACHER.safetensors`.
+
+    Batches, crops and augmentations are those that training will see first. A teacher that draws among several
+    resolutions is measured over all its draws.
+
+    Raises:
+      ValueError, OSError: bad config, data, or output folder. Files are written only when all is measured.
+    """
+    out = epath.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(config.mesh.fsdp)
+    teachers = assemble.load_teachers(config, mesh)
+    accumulators = {name: Accumulator() for name in teachers.by_name}
+    forward = pipeline.TeacherForward(config, teachers)
+    batches = pipeline.batches(config, teachers.hosts, mesh, start_step=0)
+    for step in tqdm(range(config.statistics_steps), desc="statistics", unit="batch"):
+        for name, tokens in forward(step, next(batches)).items():
+            accumulators[name].add(tokens)
+    batches.close()
+    statistics = {
+        name: accumulators[name].finish(assemble.provenance(config, name, teacher))
+        for name, teacher in teachers.by_name.items()
+    }
+    for name, value in statistics.items():
+        value.save(out / f"{name}.safetensors")
+    return statistics

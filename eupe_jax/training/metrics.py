@@ -1,0 +1,90 @@
+"""Metrics: averaged between logs with clu.metrics, written as TensorBoard events and as JSON lines."""
+
+import json
+
+import flax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+def collection_for(names: list[str]) -> type[clu_metrics.Collection]:
+    """A clu Collection class that averages each named scalar."""
+    fields = {name: clu_metrics.Average.from_output(name) for name in names}
+    return flax.struct.dataclass(type("StepMetrics", (clu_metrics.Collection,), {"__annotations__": fields}))
+
+
+class RunningMetrics:
+    """Averages of step metrics since the last `pop`.
+
+    `add` keeps the newest step's values unread until the next call: reading a step late means that the host never
+    waits for the step it has just dispatched.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict | None = None
+        self._total: clu_metrics.Collection | None = None
+        self._class: type[clu_metrics.Collection] | None = None
+
+    def add(self, metrics: dict[str, jnp.ndarray]) -> None:
+        previous, self._pending = self._pending, metrics
+        if previous is not None:
+            self._merge(previous)
+
+    def _merge(self, metrics: dict[str, jnp.ndarray]) -> None:
+        if self._class is None:
+            self._class = collection_for(list(metrics))
+        single = self._class.single_from_model_output(**metrics)
+        self._total = single if self._total is None else self._total.merge(single)
+
+    def pop(self, *, final: bool = False) -> dict[str, float]:
+        """Averages of every step but the newest (`final`: including it), then starts afresh."""
+        if final and self._pending is not None:
+            self._merge(self._pending)
+            self._pending = None
+        total, self._total = self._total, None
+        return {} if total is None else {k: float(v) for k, v in total.compute().items()}
+
+
+class MetricWriter:
+    """Writes scalars to `workdir/tensorboard` and `workdir/metrics.jsonl`; silent where `enabled` is False.
+
+    Resuming cuts lines from the step on that a stopped run had already written past its last checkpoint.
+    """
+
+    def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
+        self._events = self._lines = None
+        if not enabled:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        partial = workdir / ".metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._lines = path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self._lines is None:
+            return
+        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+
+
+def read_metrics(path: epath.PathLike) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is dropped."""
+    lines = []
+    for line in epath.Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
