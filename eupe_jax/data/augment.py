@@ -1,0 +1,191 @@
+"""Augmentation on device: flip, colour jitter, grayscale, blur, solarize; jitted, one key per image.
+
+The set is DINOv3's second global crop; each operation follows torchvision's definition on float images in [0, 1]. The
+draws of an image depend on its key alone, not on its batch, and switching one operation off moves no other's draws.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Probabilities and strengths; the defaults are DINOv3's second global crop.
+
+    jitter_p: chance of colour jitter; brightness, contrast, saturation: factors are uniform in [1 - x, 1 + x], hue: a
+    shift uniform in [-x, x] turns, in random order. blur: Gaussian, `blur_kernel` taps (odd), sigma uniform in pixels.
+    blur_inverted: the authors' blur class hands 1 - p to its base class, so their blur really fires with 1 - blur_p;
+    True reproduces that. solarize inverts values at or above the threshold.
+    """
+
+    flip_p: float = 0.5
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_p: float = 0.2
+    blur_p: float = 0.1
+    blur_kernel: int = 9
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_inverted: bool = False
+    solarize_p: float = 0.2
+    solarize_threshold: float = 128 / 255
+
+    def __post_init__(self):
+        object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))
+        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} is a probability, got {getattr(self, name)}")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"augment.hue must be in [0, 0.5], got {self.hue}")
+        if self.blur_kernel < 1 or self.blur_kernel % 2 == 0:
+            raise ValueError(f"augment.blur_kernel must be odd and positive, got {self.blur_kernel}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"augment.blur_sigma must be 0 < low <= high, got {self.blur_sigma}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "AugmentConfig":
+        """From a plain dict; raises ValueError for a key that is no field."""
+        if unknown := set(values) - {f.name for f in fields(cls)}:
+            raise ValueError(f"augment has no {sorted(unknown)}; its fields are {[f.name for f in fields(cls)]}")
+        return cls(**values)
+
+    @classmethod
+    def off(cls) -> "AugmentConfig":
+        """Nothing happens: `augment` is the identity."""
+        return cls(flip_p=0, jitter_p=0, grayscale_p=0, blur_p=0, solarize_p=0)
+
+    @property
+    def blur_chance(self) -> float:
+        """Probability with which blur really fires."""
+        return 1 - self.blur_p if self.blur_inverted else self.blur_p
+
+
+def sample_keys(seed: int, step: int | jax.Array, positions: jax.Array) -> jax.Array:
+    """Keys [B] of the images at `positions` (int [B]) of the global batch of `step`."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(positions))
+
+
+@partial(jax.jit, static_argnames="config")
+def augment(keys: jax.Array, images: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Augments float32 RGB [B, H, W, 3] in [0, 1] with one key per image (`sample_keys`); the same shape and range."""
+    u = jax.vmap(lambda key: jax.random.uniform(key, (16,)))(keys)
+    signed = 2 * u - 1
+    x = images
+    if config.flip_p:
+        x = _where(u[:, 0] < config.flip_p, x[:, :, ::-1], x)
+    if config.jitter_p:
+        strengths = jnp.array([config.brightness, config.contrast, config.saturation])
+        # Zero is the lowest factor that torchvision draws.
+        low, high = jnp.maximum(0, 1 - strengths), 1 + strengths
+        factors = low + (high - low) * u[:, 2:5]
+        jittered = colour_jitter(x, factors, config.hue * signed[:, 5], jnp.argsort(u[:, 6:10], axis=1))
+        x = _where(u[:, 1] < config.jitter_p, jittered, x)
+    if config.grayscale_p:
+        x = _where(u[:, 10] < config.grayscale_p, jnp.broadcast_to(luma(x), x.shape), x)
+    if config.blur_chance:
+        sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * u[:, 12]
+        x = _where(u[:, 11] < config.blur_chance, gaussian_blur(x, sigma, config.blur_kernel), x)
+    if config.solarize_p:
+        x = _where(u[:, 13] < config.solarize_p, jnp.where(x >= config.solarize_threshold, 1 - x, x), x)
+    return x
+
+
+def _where(chosen_B: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(chosen_B[:, None, None, None], yes, no)
+
+
+def luma(x_BxHxWx3: jax.Array) -> jax.Array:
+    """Grey value [B, H, W, 1] (ITU-R 601)."""
+    return x_BxHxWx3 @ jnp.array([[0.2989], [0.587], [0.114]], x_BxHxWx3.dtype)
+
+
+def colour_jitter(x: jax.Array, factors_Bx3: jax.Array, hue_B: jax.Array, order_Bx4: jax.Array) -> jax.Array:
+    """Brightness, contrast, saturation (factors) and hue (turns), in each image's own order.
+
+    order: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue for every image. The first three are one
+    kind of operation, a blend with black, with the mean grey or with the grey image. So each image gets the blends that come
+    before its hue shift, the hue shift, and the blends after it, and hue, the dear one, is computed once.
+    """
+    slot_of_hue = jnp.argmax(order_Bx4 == 3, axis=1)
+    for slot in range(3):
+        x = _blend(x, factors_Bx3, order_Bx4[:, slot], slot < slot_of_hue)
+    x = shift_hue(x, hue_B)
+    for slot in range(1, 4):
+        x = _blend(x, factors_Bx3, order_Bx4[:, slot], slot > slot_of_hue)
+    return x
+
+
+def _blend(x, factors_Bx3, operation_B, active_B):
+    factor = jnp.take_along_axis(factors_Bx3, jnp.minimum(operation_B, 2)[:, None], axis=1)[:, 0]
+    factor = jnp.where(active_B, factor, 1.0)[:, None, None, None]
+    grey = luma(x)
+    operation = operation_B[:, None, None, None]
+    target = jnp.where(operation == 1, grey.mean(axis=(1, 2), keepdims=True), jnp.where(operation == 2, grey, 0.0))
+    return jnp.clip(factor * x + (1 - factor) * target, 0, 1)
+
+
+def shift_hue(x: jax.Array, turns_B: jax.Array) -> jax.Array:
+    """Rotates the hue of every pixel in HSV by `turns` (1 = the whole circle)."""
+    r, g, b = x[..., 0], x[..., 1], x[..., 2]
+    value = x.max(axis=-1)
+    chroma = value - x.min(axis=-1)
+    safe = jnp.where(chroma == 0, 1.0, chroma)
+    sextant = jnp.where(value == r, ((g - b) / safe) % 6, jnp.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    sextant = sextant + 6 * turns_B[:, None, None]
+
+    def channel(n):
+        k = (n + sextant) % 6
+        return value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+    return jnp.stack([channel(5), channel(3), channel(1)], axis=-1)
+
+
+def gaussian_blur(x: jax.Array, sigma_B: jax.Array, taps: int) -> jax.Array:
+    """Separable Gaussian of `taps` taps with reflected borders and its own sigma (pixels) for every image."""
+    half = taps // 2
+    offsets = jnp.arange(-half, half + 1, dtype=x.dtype)
+    weights = jnp.exp(-0.5 * (offsets / sigma_B[:, None]) ** 2)
+    weights = (weights / weights.sum(axis=1, keepdims=True))[:, :, None, None, None]
+    for axis in (1, 2):
+        pad = [(0, 0)] * 4
+        pad[axis] = (half, half)
+        padded = jnp.pad(x, pad, mode="reflect")
+        size = x.shape[axis]
+        x = sum(weights[:, t] * jax.lax.slice_in_dim(padded, t, t + size, axis=axis) for t in range(taps))
+    return x
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """[0, 1] to the nearest of 0..255."""
+    return jnp.round(jnp.clip(x, 0, 1) * 255).astype(jnp.uint8)
+
+
+def host_augment(config: AugmentConfig, seed: int, first_position: int = 0) -> Callable[[int, np.ndarray], np.ndarray]:
+    """The same augmentation on this machine's CPU, for pixels that host teachers must see before the batch leaves.
+
+    Returns f(step, images uint8 [b, S, S, 3]) -> uint8 [b, S, S, 3]; image j of the batch stands at place
+    `first_position + j` of the global batch, and its keys are those of the device's augmentation.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+
+    @jax.jit
+    def run(step, images):
+        keys = sample_keys(seed, step, first_position + jnp.arange(images.shape[0]))
+        return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config))
+
+    def augment_on_cpu(step: int, images: np.ndarray) -> np.ndarray:
+        with jax.default_device(cpu):
+            return np.asarray(run(jnp.asarray(step, jnp.int32), images))
+
+    return augment_on_cpu
