@@ -27,7 +27,12 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         dim = x.shape[-1]
         y = nn.Conv(
-            dim, (7, 7), padding=[(3, 3), (3, 3)], feature_group_count=dim, dtype=self.dtype, kernel_init=dense_init,
+            dim,
+            (7, 7),
+            padding=[(3, 3), (3, 3)],
+            feature_group_count=dim,
+            dtype=self.dtype,
+            kernel_init=dense_init,
             name="dwconv",
         )(x.astype(self.dtype))
         y = LayerNorm(NORM_EPS, self.dtype, name="norm")(y)
@@ -81,7 +86,6 @@ class ConvNeXt(nn.Module):
         *,
         train: bool = False,
         layers: Sequence[int] = (),
-        norm_layers: bool = True,
         patch_size: int | None = None,
     ) -> dict[str, Any]:
         """Final tokens and the maps of chosen stages.
@@ -90,12 +94,12 @@ class ConvNeXt(nn.Module):
           images: float [B, H, W, 3], pixel-normalised; at least 32 pixels a side, rests are cut off.
           train: accepted for the common interface; nothing here depends on it.
           layers: stages whose map is wanted, 0..3 or negative.
-          norm_layers: whether the last stage passes the final norm; earlier stages have none.
           patch_size: resize the maps of `layers` to [H // patch_size, W // patch_size], antialiased bilinear.
 
         Returns:
           "cls" [B, C], "storage" [B, 0, C], "patches" [B, h, w, C] after the final norm; "prenorm" [B, h, w, C];
-          "layers": a list of {"cls": average-pooled map [B, C_s], "patches": map [B, h_s, w_s, C_s]}.
+          "layers", "layers_prenorm": lists of {"cls": average-pooled map [B, C_s], "patches": map [B, h_s, w_s, C_s]},
+            with and without the final norm, which only the last stage has.
 
         Raises:
           ValueError: image smaller than 32 pixels, not four stages, or `layers` out of range.
@@ -117,13 +121,13 @@ class ConvNeXt(nn.Module):
             maps.append(x)
         norm = LayerNorm(NORM_EPS, name="norm")
 
-        def stage_output(s):
+        def stage_output(s, normed):
             feature_map = maps[s]
             pooled = feature_map.mean(axis=(1, 2), dtype=jnp.float32)
             if patch_size is not None:
                 size = (batch, height // patch_size, width // patch_size, feature_map.shape[-1])
                 feature_map = jax.image.resize(feature_map, size, "linear", antialias=True)
-            if norm_layers and s % n_stages == n_stages - 1:
+            if normed and s % n_stages == n_stages - 1:
                 pooled, feature_map = norm(pooled), norm(feature_map)
             return {"cls": pooled, "patches": feature_map}
 
@@ -132,7 +136,8 @@ class ConvNeXt(nn.Module):
             "storage": jnp.zeros((batch, 0, self.dims[-1]), jnp.float32),
             "patches": norm(x),
             "prenorm": x,
-            "layers": [stage_output(s) for s in layers],
+            "layers": [stage_output(s, True) for s in layers],
+            "layers_prenorm": [stage_output(s, False) for s in layers],
         }
 
     def __call__(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:

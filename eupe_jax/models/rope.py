@@ -63,19 +63,27 @@ def patch_coords(height: int, width: int, normalize: str = "separate") -> np.nda
 def draw_augmentation(
     key: jax.Array, shift: float | None = None, jitter: float | None = None, rescale: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws the train-time change of the coordinates: `(factor [2], offset [2])`, coords -> factor * coords + offset.
+    """Draws the train-time change of the coordinates: `(factor [2], offset [2])`, see `combine_augmentation`.
 
-    One draw serves the whole batch. Order shift, jitter, rescale, so that the later two scale the shift too.
-    `shift`: uniform in [-shift, shift] per axis. `jitter`, `rescale`: log-uniform in [1/x, x], per axis or common.
+    One draw serves the whole batch. `shift`: uniform in [-shift, shift] per axis. `jitter`, `rescale`: log-uniform in
+    [1 / x, x], per axis and common to both. None leaves a part out.
     """
     k_shift, k_jitter, k_rescale = jax.random.split(key, 3)
-    offset = jnp.zeros(2) if shift is None else jax.random.uniform(k_shift, (2,), minval=-shift, maxval=shift)
-    factor = jnp.ones(2)
-    if jitter is not None:
-        factor *= jnp.exp(jax.random.uniform(k_jitter, (2,), minval=-math.log(jitter), maxval=math.log(jitter)))
-    if rescale is not None:
-        factor *= jnp.exp(jax.random.uniform(k_rescale, (1,), minval=-math.log(rescale), maxval=math.log(rescale)))
-    return factor, factor * offset
+
+    def log_uniform(key, size, bound):
+        return jnp.exp(jax.random.uniform(key, (size,), minval=-math.log(bound), maxval=math.log(bound)))
+
+    return combine_augmentation(
+        0.0 if shift is None else jax.random.uniform(k_shift, (2,), minval=-shift, maxval=shift),
+        1.0 if jitter is None else log_uniform(k_jitter, 2, jitter),
+        1.0 if rescale is None else log_uniform(k_rescale, 1, rescale),
+    )
+
+
+def combine_augmentation(shift=0.0, jitter=1.0, rescale=1.0) -> tuple[jax.Array, jax.Array]:
+    """`(factor [2], offset [2])` with coords -> factor * coords + offset: first the shift, then jitter and rescale."""
+    factor = jnp.broadcast_to(jnp.asarray(jitter, jnp.float32) * rescale, (2,))
+    return factor, factor * shift
 
 
 def rope_table(periods: jax.Array, coords_Nx2: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -106,7 +106,6 @@ class VisionTransformer(nn.Module):
         train: bool = False,
         masks: jax.Array | None = None,
         layers: Sequence[int] = (),
-        norm_layers: bool = True,
     ) -> dict[str, Any]:
         """All tokens, before and after the final norm, and those of chosen blocks.
 
@@ -115,11 +114,11 @@ class VisionTransformer(nn.Module):
           train: augment the RoPE coordinates (rescale, shift, jitter); takes the rng "rope".
           masks: bool [B, h * w]; True replaces a patch by the mask token.
           layers: blocks whose output is wanted, negative ones counted from the end.
-          norm_layers: whether these outputs pass the final norm.
 
         Returns:
           "cls" [B, D], "storage" [B, R, D], "patches" [B, h, w, D] after the final norm; "prenorm" [B, 1 + R + hw, D];
-          "layers": a list of dicts of the first three, one per entry of `layers`.
+          "layers", "layers_prenorm": lists of dicts of the first three, one per entry of `layers`, with and without
+            the final norm.
 
         Raises:
           ValueError: image smaller than a patch, width not divisible by the heads, `layers` out of range, masks of
@@ -177,12 +176,11 @@ class VisionTransformer(nn.Module):
         return {
             **split(x, True),
             "prenorm": x,
-            "layers": [split(per_block[i], norm_layers) for i in layers],
+            "layers": [split(per_block[i], True) for i in layers],
+            "layers_prenorm": [split(per_block[i], False) for i in layers],
         }
 
-    def __call__(
-        self, images: jax.Array, train: bool = False, masks: jax.Array | None = None
-    ) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array, train: bool = False, masks: jax.Array | None = None) -> dict[str, jax.Array]:
         """[B, H, W, 3] -> {"cls": [B, D], "storage": [B, R, D], "patches": [B, h, w, D]}, float32; see `features`."""
         out = self.features(images, train=train, masks=masks)
         return {name: out[name] for name in ("cls", "storage", "patches")}
@@ -260,9 +258,7 @@ DINOV3_LICENCE = "DINOv3 License"
 
 def _spec(name: str, dim: int, depth: int, heads: int, licence: str, repo: str | None, file: str | None, **kwargs):
     kwargs = {"embed_dim": dim, "depth": depth, "num_heads": heads, **kwargs}
-    return EncoderSpec(
-        name, "vit", kwargs, **_describe(kwargs), licence=licence, hub_repo=repo, hub_file=file
-    )
+    return EncoderSpec(name, "vit", kwargs, **_describe(kwargs), licence=licence, hub_repo=repo, hub_file=file)
 
 
 def _eupe(size: str, dim: int, heads: int) -> EncoderSpec:
@@ -285,7 +281,14 @@ SPECS = (
     _dinov3("l16", "8aa4cbdd", 1024, 24, 16),
     _dinov3("h16plus", "7c1da9a5", 1280, 32, 20, ffn_layer="swiglu", ffn_ratio=6.0),
     _dinov3(
-        "7b16", "a955f4ea", 4096, 40, 32, ffn_layer="swiglu64", ffn_ratio=3.0, qkv_bias=False,
+        "7b16",
+        "a955f4ea",
+        4096,
+        40,
+        32,
+        ffn_layer="swiglu64",
+        ffn_ratio=3.0,
+        qkv_bias=False,
         untie_global_and_local_cls_norm=True,
     ),
     # The shape of the 1.9B proxy is unpublished; this is the trunk of PE-G as a DINOv3 ViT, which fits all that is
