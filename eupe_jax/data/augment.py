@@ -107,15 +107,16 @@ def _where(chosen_B: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
 
 def luma(x_BxHxWx3: jax.Array) -> jax.Array:
     """Grey value [B, H, W, 1] (ITU-R 601)."""
-    return x_BxHxWx3 @ jnp.array([[0.2989], [0.587], [0.114]], x_BxHxWx3.dtype)
+    r, g, b = jnp.split(x_BxHxWx3, 3, axis=-1)  # no matmul: an accelerator would round it to bfloat16
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def colour_jitter(x: jax.Array, factors_Bx3: jax.Array, hue_B: jax.Array, order_Bx4: jax.Array) -> jax.Array:
     """Brightness, contrast, saturation (factors) and hue (turns), in each image's own order.
 
-    order: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue for every image. The first three are one
-    kind of operation, a blend with black, with the mean grey or with the grey image. So each image gets the blends that come
-    before its hue shift, the hue shift, and the blends after it, and hue, the dear one, is computed once.
+    order: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue for every image. The first three are one kind
+    of operation, a blend with black, with the mean grey or with the grey image. So each image gets the blends that
+    come before its hue shift, the hue shift, and the blends after it, and hue, the dear one, is computed once.
     """
     slot_of_hue = jnp.argmax(order_Bx4 == 3, axis=1)
     for slot in range(3):
