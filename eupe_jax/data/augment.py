@@ -70,7 +70,7 @@ class AugmentConfig:
         return 1 - self.blur_p if self.blur_inverted else self.blur_p
 
 
-def sample_keys(seed: int, step: int | jax.Array, positions: jax.Array) -> jax.Array:
+def sample_keys(seed: int | jax.Array, step: int | jax.Array, positions: jax.Array) -> jax.Array:
     """Keys [B] of the images at `positions` (int [B]) of the global batch of `step`."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(positions))
@@ -172,21 +172,22 @@ def to_uint8(x: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(x, 0, 1) * 255).astype(jnp.uint8)
 
 
-def host_augment(config: AugmentConfig, seed: int, first_position: int = 0) -> Callable[[int, np.ndarray], np.ndarray]:
+@partial(jax.jit, static_argnames="config")
+def _augment_uint8(seed, step, first_position, images, config):
+    keys = sample_keys(seed, step, first_position + jnp.arange(images.shape[0]))
+    return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config))
+
+
+def host_augment(config: AugmentConfig, seed: int) -> Callable[[int, np.ndarray, int], np.ndarray]:
     """The same augmentation on this machine's CPU, for pixels that host teachers must see before the batch leaves.
 
-    Returns f(step, images uint8 [b, S, S, 3]) -> uint8 [b, S, S, 3]; image j of the batch stands at place
-    `first_position + j` of the global batch, and its keys are those of the device's augmentation.
+    Returns f(step, images uint8 [b, S, S, 3], first_position) -> uint8 [b, S, S, 3]; image j stands at place
+    `first_position + j` of the global batch of `step`, and its keys are those of the device's augmentation.
     """
     cpu = jax.local_devices(backend="cpu")[0]
 
-    @jax.jit
-    def run(step, images):
-        keys = sample_keys(seed, step, first_position + jnp.arange(images.shape[0]))
-        return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config))
-
-    def augment_on_cpu(step: int, images: np.ndarray) -> np.ndarray:
+    def augment_on_cpu(step: int, images: np.ndarray, first_position: int = 0) -> np.ndarray:
         with jax.default_device(cpu):
-            return np.asarray(run(jnp.asarray(step, jnp.int32), images))
+            return np.asarray(_augment_uint8(seed, step, first_position, images, config))
 
     return augment_on_cpu
