@@ -48,13 +48,16 @@ def from_state_dict(
     Raises:
       InterchangeError: anything missing, unexpected, misshapen or not as the architecture fixes it.
     """
-    spec, family, module = _resolve(spec_or_name, overrides)
-    tensors = _strip_prefixes(state_dict, family.prefixes)
-    left_out = [name for name in tensors if name.startswith(family.extras)]
+    return family_import(*_resolve(spec_or_name, overrides), state_dict)
+
+
+def family_import(model: str, family: Family, module: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """`from_state_dict` for a module of any `Family`, in the zoo or not; `model` names it in messages."""
+    tensors, left_out = _own_tensors(state_dict, family)
     if left_out:
-        logger.warning("%s: left out %d tensors that are no part of it: %s", spec.name, len(left_out), left_out)
+        logger.warning("%s: left out %d tensors that are no part of it: %s", model, len(left_out), left_out)
     problems: list[str] = []
-    used = set(left_out)
+    used: set[str] = set()
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
         used.add(name)
@@ -75,7 +78,7 @@ def from_state_dict(
     for row, leaf in _rows(family, module):
         names, shape = _names(row, leaf), _foreign_shape(row, leaf)
         arrays = [_permute(take(name, shape), _IMPORT_AXES[row.layout]) for name in names]
-        flat[tuple(row.path.split("/"))] = np.stack(arrays) if _stacked(row) else np.ascontiguousarray(arrays[0])
+        flat[tuple(row.path.split("/"))] = np.stack(arrays) if _stacked(row) else np.asarray(arrays[0], order="C")
 
     fixed = family.constants(module)
     fixed.update({name: tensors[source] for name, source in family.aliases.items() if source in tensors})
@@ -86,7 +89,7 @@ def from_state_dict(
             problems.append(f"{name} is not {what}")
     problems += [f"unexpected {name} {list(np.shape(tensors[name]))}" for name in tensors if name not in used]
     if problems:
-        raise InterchangeError(spec.name, problems)
+        raise InterchangeError(model, problems)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -98,7 +101,11 @@ def to_state_dict(
     Raises:
       InterchangeError: a variable is missing, unexpected or misshapen.
     """
-    spec, family, module = _resolve(spec_or_name, overrides)
+    return family_export(*_resolve(spec_or_name, overrides), variables)
+
+
+def family_export(model: str, family: Family, module: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`to_state_dict` for a module of any `Family`, in the zoo or not; `model` names it in messages."""
     flat = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
     problems: list[str] = []
     state_dict: dict[str, np.ndarray] = {}
@@ -112,10 +119,10 @@ def to_state_dict(
             value = np.asarray(value)
             arrays = value if _stacked(row) else [value]
             for name, array in zip(_names(row, leaf), arrays, strict=True):
-                state_dict[name] = np.ascontiguousarray(_permute(array, _EXPORT_AXES[row.layout]))
+                state_dict[name] = np.asarray(_permute(array, _EXPORT_AXES[row.layout]), order="C")
     problems += [f"unexpected {path} {list(np.shape(value))}" for path, value in flat.items()]
     if problems:
-        raise InterchangeError(spec.name, problems)
+        raise InterchangeError(model, problems)
     state_dict.update(family.constants(module))
     state_dict.update({name: state_dict[source].copy() for name, source in family.aliases.items()})
     return state_dict
@@ -123,26 +130,34 @@ def to_state_dict(
 
 def state_dict_shapes(spec_or_name: EncoderSpec | str, **overrides: Any) -> dict[str, tuple[int, ...]]:
     """Every name of the encoder's state_dict with its shape, buffers and aliases included."""
-    _, family, module = _resolve(spec_or_name, overrides)
+    return family_shapes(*_resolve(spec_or_name, overrides)[1:])
+
+
+def family_shapes(family: Family, module: Any) -> dict[str, tuple[int, ...]]:
+    """`state_dict_shapes` for a module of any `Family`, in the zoo or not."""
     shapes = {name: _foreign_shape(row, leaf) for row, leaf in _rows(family, module) for name in _names(row, leaf)}
     shapes.update({name: value.shape for name, value in family.constants(module).items()})
     shapes.update({name: shapes[source] for name, source in family.aliases.items()})
     return shapes
 
 
-def _resolve(spec_or_name: EncoderSpec | str, overrides: Mapping[str, Any]):
+def _resolve(spec_or_name: EncoderSpec | str, overrides: Mapping[str, Any]) -> tuple[str, Family, Any]:
+    """Name, family and module of an encoder."""
     if isinstance(spec_or_name, str):
         spec = zoo.spec(spec_or_name, **overrides)
-        return spec, zoo.FAMILIES[spec.family], zoo.FAMILIES[spec.family].module(**spec.kwargs)
+        return spec.name, zoo.FAMILIES[spec.family], zoo.FAMILIES[spec.family].module(**spec.kwargs)
     family = zoo.FAMILIES[spec_or_name.family]
-    return spec_or_name, family, family.module(**{**spec_or_name.kwargs, **overrides})
+    return spec_or_name.name, family, family.module(**{**spec_or_name.kwargs, **overrides})
 
 
 def _rows(family: Family, module: Any) -> Iterable[tuple[Tensor, jax.ShapeDtypeStruct]]:
     """The table rows this module has, with the abstract leaf of each; a leaf without a row is a bug of the table."""
-    side = max(64, 2 * getattr(module, "patch_size", 0))
-    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    if family.example_inputs is not None:
+        inputs = family.example_inputs(module)
+    else:
+        side = max(64, 2 * getattr(module, "patch_size", 0))
+        inputs = (jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),)
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     leaves = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
     rows = [(row, leaves.pop(row.path)) for row in family.table if row.path in leaves]
     if leaves:
@@ -166,6 +181,17 @@ def _foreign_shape(row: Tensor, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def _permute(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
     return array if axes is None else array.transpose(axes)
+
+
+def _own_tensors(state_dict: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
+    """The tensors of the encoder itself under their bare names, and the names of those known to belong elsewhere."""
+    tensors = _strip_prefixes(state_dict, family.prefixes)
+    left_out = [name for name in tensors if name.startswith(family.extras)]
+    if family.within and any(name.startswith(family.within) for name in tensors):
+        left_out += [name for name in tensors if not name.startswith((family.within, *family.extras))]
+    known_elsewhere = set(left_out)
+    own = {name: value for name, value in tensors.items() if name not in known_elsewhere}
+    return _strip_prefixes(own, (family.within,) if family.within else ()), left_out
 
 
 def _strip_prefixes(state_dict: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:

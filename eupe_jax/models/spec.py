@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -70,14 +71,19 @@ class Family:
       aliases: state_dict name -> name of the tensor it repeats.
       prefixes: prefixes to strip when every tensor carries them.
       extras: prefixes of known state_dict tensors that are no part of the encoder; reported and left out.
+      within: prefix of the encoder's tensors in the state_dict of a larger model; if any tensor carries it, those that
+        do not are reported and left out.
+      example_inputs: module -> abstract arguments of its `init`; None: a small image.
     """
 
     name: str
     module: type
-    specs: tuple[EncoderSpec, ...]
-    describe: Callable[[Mapping[str, Any]], dict[str, Any]]
+    specs: tuple[EncoderSpec, ...] = ()
+    describe: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda kwargs: {}
     table: tuple[Tensor, ...] = ()
     constants: Callable[[Any], dict[str, np.ndarray]] = lambda module: {}
     aliases: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("module.", "teacher.", "backbone.")
     extras: tuple[str, ...] = ("projectors.", "head.")
+    within: str | None = None
+    example_inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] | None = None
