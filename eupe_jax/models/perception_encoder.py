@@ -266,4 +266,6 @@ SPECS = (
     _spec("pe_lang_g14_448", "PE-Lang-G14-448", (1536, 47, 16, 8960, 14, 448), cls_token=False, **_LANG),
 )
 
-FAMILY = Family("perception_encoder", PerceptionEncoder, SPECS, _describe, TABLE)
+FAMILY = Family(
+    "perception_encoder", PerceptionEncoder, SPECS, _describe, TABLE, prefixes=("module.",), within="visual."
+)

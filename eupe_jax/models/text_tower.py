@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eupe_jax.models import perception_encoder
 from eupe_jax.models.layers import LayerNorm, stack_blocks
 from eupe_jax.models.perception_encoder import PerceptionEncoder
-from eupe_jax.models.spec import Tensor
+from eupe_jax.models.spec import Family, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, norm_rows
 
 VOCABULARY = 49408
@@ -123,10 +124,52 @@ def unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-TABLE = (
+def _within(row: Tensor, path: str, name: str) -> Tensor:
+    """A table row of a tower, in a model that holds the tower at params/`path` and calls it `name`."""
+    return Tensor(row.path.replace("params/", f"params/{path}/", 1), f"{name}{row.name}", row.layout)
+
+
+TEXT_TABLE = (
     Tensor("params/token_embedding", "token_embedding.weight"),
     Tensor("params/pos_embed", "positional_embedding"),
     *BLOCK_ROWS,
     *norm_rows("norm", "ln_final"),
     Tensor("params/text_projection", "text_projection"),
 )
+TABLE = (
+    *(_within(row, "visual", "visual.") for row in perception_encoder.TABLE),
+    *(_within(row, "text", "") for row in TEXT_TABLE),
+    Tensor("params/logit_scale", "logit_scale"),
+)
+
+
+def _example_inputs(module: ImageTextModel) -> tuple[jax.ShapeDtypeStruct, ...]:
+    images = jax.ShapeDtypeStruct((1, module.visual.patch_size, module.visual.patch_size, 3), jnp.float32)
+    return images, jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
+FAMILY = Family("image_text", ImageTextModel, table=TABLE, prefixes=("module.",), example_inputs=_example_inputs)
+
+_TEXT_SIZES = {  # context length, width, depth, heads
+    "pe_core_t16_384": (32, 512, 12, 8),
+    "pe_core_s16_384": (32, 512, 12, 8),
+    "pe_core_b16_224": (32, 1024, 24, 16),
+    "pe_core_l14_336": (32, 1024, 24, 16),
+    "pe_core_g14_448": (72, 1280, 24, 20),
+}
+
+
+def build(name: str, dtype: Any = jnp.float32) -> ImageTextModel:
+    """Both towers of a published core model; `name` is the zoo name of its vision tower.
+
+    Raises:
+      ValueError: `name` is no Perception Encoder core model.
+    """
+    if name not in _TEXT_SIZES:
+        raise ValueError(f"no text tower belongs to {name!r}; known are {', '.join(_TEXT_SIZES)}")
+    visual = {spec.name: spec for spec in perception_encoder.SPECS}[name].kwargs
+    sizes = dict(zip(("context_length", "width", "depth", "num_heads"), _TEXT_SIZES[name], strict=True))
+    return ImageTextModel(
+        visual=PerceptionEncoder(**visual, dtype=dtype),
+        text=TextTower(**sizes, output_dim=visual["output_dim"], dtype=dtype),
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eupe_jax.models import interchange, zoo
+from eupe_jax.models import interchange, text_tower, zoo
 from eupe_jax.models.perception_encoder import PerceptionEncoder
 from tests.golden_kinds.common import Fixture, check_probes, recipe_array, to_nhwc
 
@@ -47,6 +47,16 @@ def vision_arguments(constructor: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+TEXT_ARGUMENTS = {
+    "context_length": "context_length",
+    "width": "width",
+    "heads": "num_heads",
+    "layers": "depth",
+    "output_dim": "output_dim",
+    "vocab_size": "vocabulary",
+}
+
+
 def _vision(fixture: Fixture) -> tuple[PerceptionEncoder, dict[str, Any]]:
     """Tower and variables of a fixture, through the weight interchange, there and back unchanged."""
     if "recipe_seed" in fixture.meta:
@@ -59,11 +69,15 @@ def _vision(fixture: Fixture) -> tuple[PerceptionEncoder, dict[str, Any]]:
         name, overrides = "pe_core_t16_384", vision_arguments(fixture.meta["constructor"])
         weights = fixture.weights
     variables = interchange.from_state_dict(name, weights, **overrides)
-    back = interchange.to_state_dict(name, variables, **overrides)
+    _assert_same(interchange.to_state_dict(name, variables, **overrides), weights)
+    return zoo.build(name, **overrides), variables
+
+
+def _assert_same(back: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> None:
     assert back.keys() == weights.keys()
     for key, value in weights.items():
-        assert back[key].dtype == value.dtype and np.array_equal(back[key], value), f"round trip changed {key}"
-    return zoo.build(name, **overrides), variables
+        assert back[key].shape == value.shape and back[key].dtype == value.dtype, f"round trip changed {key}"
+        assert np.array_equal(back[key], value), f"round trip changed {key}"
 
 
 def _tolerance(fixture: Fixture) -> float:
@@ -126,4 +140,32 @@ def check_pe_vision(path: Path) -> None:
     fixture.assert_all_checked()
 
 
-KINDS = {"pe_vision": check_pe_vision}
+def check_pe_clip(path: Path) -> None:
+    """Text and image embeddings, raw and of unit length, and their logits, from one checkpoint of both towers."""
+    fixture = Fixture(path)
+    vision = vision_arguments(fixture.meta["vision"])
+    text = {TEXT_ARGUMENTS[key]: value for key, value in fixture.meta["text"].items()}
+    model = text_tower.ImageTextModel(visual=PerceptionEncoder(**vision), text=text_tower.TextTower(**text))
+    variables = interchange.family_import(path.name, text_tower.FAMILY, model, fixture.weights)
+    _assert_same(interchange.family_export(path.name, text_tower.FAMILY, model, variables), fixture.weights)
+    tower = interchange.from_state_dict("pe_core_t16_384", fixture.weights, **vision)
+    jax.tree.map(np.testing.assert_array_equal, tower["params"], variables["params"]["visual"])
+
+    @jax.jit
+    def run(variables, images, tokens):
+        image = model.apply(variables, images, method="embed_images")
+        return image, model.apply(variables, tokens, method="embed_texts"), model.apply(variables, images, tokens)
+
+    images, tolerance = to_nhwc(fixture.inputs["image"]), _tolerance(fixture)
+    for name in (n for n in fixture.inputs if n.startswith("tokens")):
+        image, embedding, out = run(variables, images, fixture.inputs[name].astype(np.int32))
+        fixture.check("image_embed", image, tolerance)
+        fixture.check(f"{name}/text_embed", embedding, tolerance)
+        fixture.check(f"{name}/text_embed_unit", out["text"], tolerance)
+        if name == "tokens":
+            fixture.check("logits_per_image", out["logits"], tolerance)
+    fixture.check("logit_scale_exp", np.exp(variables["params"]["logit_scale"]), tolerance)
+    fixture.assert_all_checked()
+
+
+KINDS = {"pe_vision": check_pe_vision, "pe_clip": check_pe_clip}
