@@ -8,8 +8,11 @@ takes seconds on a laptop and needs neither data nor weights.
 "Ours" below marks a choice of this project where the paper (EUPE, arXiv 2603.22387) is silent.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
+from eupe_jax.data.augment import AugmentConfig
 from eupe_jax.models import zoo
 
 MODES = ("", "runlocal")
@@ -57,21 +60,15 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.image_size = 256  # canonical size the host crops to: the largest view of the run
     config.data.sources = ConfigDict()  # name -> source(...)
+    config.data.mode = "crop"  # random-resized crop; "resize" squashes, "none" takes pictures of that size as they are
     config.data.crop_scale = (0.32, 1.0)  # ours: DINOv3's global crop; the paper only names RandomResizedCrop
     config.data.crop_ratio = (0.75, 4 / 3)
-    config.data.workers = 16  # decoding threads a host
     config.data.max_broken_fraction = 0.001
+    config.data.threads = 16  # decoding threads a host (or a worker)
+    config.data.workers = 0  # decoding processes a host; 0 decodes in the training process
 
-    config.augment = ConfigDict()  # EUPE §4.1 names the operations, DINOv3's second global crop gives the figures
-    config.augment.flip = 0.5
-    config.augment.jitter = 0.8
-    config.augment.brightness = 0.4
-    config.augment.contrast = 0.4
-    config.augment.saturation = 0.2
-    config.augment.hue = 0.1
-    config.augment.grayscale = 0.2
-    config.augment.blur = 0.5
-    config.augment.solarize = 0.2
+    # EUPE §4.1 names the operations and no figures; these are DINOv3's second global crop.
+    config.augment = ConfigDict(dataclasses.asdict(AugmentConfig()))
 
     config.checkpoint = ConfigDict()
     config.checkpoint.save_every = 2000  # steps
@@ -85,7 +82,9 @@ def base() -> ConfigDict:
     return config
 
 
-def student(model: str, *, init_from: str = "", dtype: str = "bfloat16", remat: str = "none", **overrides) -> ConfigDict:
+def student(
+    model: str, *, init_from: str = "", dtype: str = "bfloat16", remat: str = "none", **overrides
+) -> ConfigDict:
     """One trainable encoder. `overrides` are constructor arguments of the model."""
     entry = ConfigDict({"model": model, "dtype": dtype, "remat": remat})
     entry.overrides = ConfigDict(overrides)
@@ -172,11 +171,12 @@ def _shrink(config: ConfigDict) -> None:
         entry.checkpoint = "random"
     config.data.sources = ConfigDict({"synthetic": source("synthetic", "", size=64)})
     config.data.image_size = max(config.student_resolutions)
-    config.data.workers = 2
+    config.data.threads = 2
     config.total_steps, config.batch_size, config.adapter.hidden_dim = 6, 8, 16
     config.optimizer.warmup_steps = 1
     config.statistics_steps = 2
     config.checkpoint.save_every = 3
+    config.mesh.fsdp = 1
     config.log_every = 1
     for entry in config.students.values():
         entry.init_from = ""

@@ -1,4 +1,6 @@
-"""Stage 2 for ConvNeXt-B: 87.6M parameters, and 15.7M in its two adapters. Its 8x8 grid at 256 pixels is upsampled to the proxy's 16x16.
+"""Stage 2 for ConvNeXt-B: 87.6M parameters, and 15.7M in its two adapters.
+
+Its 8x8 grid at 256 pixels is upsampled to the proxy's 16x16.
 
     python launch/train.py --config=configs/stage2_convnext_base.py --workdir=gs://BUCKET/stage2_convnext_base \\
         --config.teachers.proxy.checkpoint=gs://BUCKET/stage1 \\

@@ -1,4 +1,6 @@
-"""Stage 2 for ConvNeXt-T: 27.8M parameters, and 14.2M in its two adapters. Its 8x8 grid at 256 pixels is upsampled to the proxy's 16x16.
+"""Stage 2 for ConvNeXt-T: 27.8M parameters, and 14.2M in its two adapters.
+
+Its 8x8 grid at 256 pixels is upsampled to the proxy's 16x16.
 
     python launch/train.py --config=configs/stage2_convnext_tiny.py --workdir=gs://BUCKET/stage2_convnext_tiny \\
         --config.teachers.proxy.checkpoint=gs://BUCKET/stage1 \\

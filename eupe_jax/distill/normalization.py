@@ -184,7 +184,7 @@ class Accumulator:
         for kind in self.count:
             bad = np.flatnonzero(~np.isfinite(self.mean[kind]) | ~np.isfinite(variance[kind]))
             if bad.size:
-                raise ValueError(f"{provenance.name!r} gives values that are not finite in {kind} coordinates {bad[:8]}")
+                raise ValueError(f"{provenance.name!r} gives non-finite values in {kind} coordinates {bad[:8]}")
         mean = {k: v.astype(np.float32) for k, v in self.mean.items()}
         std = {k: np.sqrt(v).astype(np.float32) for k, v in variance.items()}
         return Statistics(mean, std, dict(self.count), provenance)

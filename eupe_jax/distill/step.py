@@ -18,8 +18,7 @@ from eupe_jax.distill.normalization import normalize_tokens
 from eupe_jax.distill.resolutions import Resolutions
 from eupe_jax.distill.teachers import Teacher, view
 
-# Random streams of one step, apart from each other and from every other use of the seed.
-AUGMENT_STREAM, ROPE_STREAM = 1, 2
+ROPE_STREAM = 0x209E  # keeps these draws apart from every other use of the seed
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,9 @@ def distillation_loss(
             parts[f"{name}/cls_cosine"] = value = cosine_loss(prediction["cls"], target["cls"])
             total += teacher.class_weight * value
         patch = patch_losses(prediction["patches"], target["patches"], loss.smooth_l1_beta)
-        parts[f"{name}/patch_cosine"], parts[f"{name}/patch_smooth_l1"] = patch["cosine"], patch["smooth_l1"]
-        total += teacher.patch_weight * (loss.patch_cosine * patch["cosine"] + loss.patch_smooth_l1 * patch["smooth_l1"])
+        parts |= {f"{name}/patch_{part}": value for part, value in patch.items()}
+        weighted = loss.patch_cosine * patch["cosine"] + loss.patch_smooth_l1 * patch["smooth_l1"]
+        total += teacher.patch_weight * weighted
     return total, parts
 
 
@@ -102,7 +102,7 @@ def make_step(
     """The step function for one choice of resolutions, to be jitted by the caller.
 
     Args:
-      augment: `augment(key, images_BxSxSx3)` on images in [0, 1]; None where the batch brings augmented pixels.
+      augment: `augment(step, images_BxSxSx3)` on images in [0, 1]; None where the batch brings augmented pixels.
       shuffle_targets: a control, not a recipe: every image gets the targets of its neighbour in the batch.
 
     Returns:
@@ -131,7 +131,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         images = batch["image"].astype(jnp.float32) / 255.0
         if augment is not None:
-            images = augment(jax.random.fold_in(key, AUGMENT_STREAM), images)
+            images = augment(state["step"], images)
         targets = targets_of(images, batch, teacher_variables, statistics)
         # The same key for every student: a student of a family trains exactly as it would alone.
         rope_key = jax.random.fold_in(key, ROPE_STREAM)

@@ -16,7 +16,9 @@ def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices of this run")
+        raise ValueError(
+            f"mesh.fsdp={fsdp} does not divide the {len(devices)} device(s) of this run: set --config.mesh.fsdp"
+        )
     shape = (len(devices) // fsdp, fsdp)
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(shape), AXES)

@@ -1,12 +1,12 @@
 """From a config to the parts of a run: teachers with weights, students, optimisers."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,6 +23,8 @@ from eupe_jax.sharding.rules import shardings
 from eupe_jax.training import checkpoints
 from eupe_jax.training.fingerprint import fingerprint
 from eupe_jax.training.optimizer import make_optimizer
+
+LOGGER = logging.getLogger(__name__)
 
 RANDOM = "random"
 
@@ -82,7 +84,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
         raise ValueError(f"teachers.{name}.checkpoint is empty: give --config.teachers.{name}.checkpoint=DIR")
     dtype = jnp.dtype(entry.dtype)
     if entry.checkpoint == RANDOM:
-        logging.warning("teacher %r has random weights: good for a smoke test only", name)
+        LOGGER.warning("teacher %r has random weights: good for a smoke test only", name)
         spec = zoo.spec(entry.model, **entry.overrides)
         module = zoo.build(entry.model, dtype=dtype, **entry.overrides)
         side = entry.resolutions[0]
@@ -178,15 +180,14 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
         variables = {"params": variables["params"], "buffers": variables.get("buffers", {})}
         variables = jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), variables, backbone)
         adapters = student["params"]["adapters"]
-        logging.info("students.%s: backbone from %s, fresh adapters", name, path)
+        LOGGER.info("students.%s: backbone from %s, fresh adapters", name, path)
     else:
         step = checkpoints.step_directory(path)
         manifest = checkpoints.read_manifest(step)
         source = name if name in manifest["students"] else checkpoints.pick_student(manifest, None, path)
         if manifest["students"][source]["model"] != entry.model:
-            raise ValueError(
-                f"students.{name}.init_from: {path} holds {manifest['students'][source]['model']!r}, not {entry.model!r}"
-            )
+            held = manifest["students"][source]["model"]
+            raise ValueError(f"students.{name}.init_from: {path} holds {held!r}, not {entry.model!r}")
         variables = checkpoints.restore_item(step, f"{source}.backbone", backbone)
         adapters = student["params"]["adapters"]
         if entry.init_adapters:
@@ -197,7 +198,7 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
                     f"students.{name}.init_from: the adapters in {path} do not fit this run's teachers and "
                     f"adapter.hidden_dim; --config.students.{name}.init_adapters=False starts fresh ones"
                 ) from error
-        logging.info("students.%s: backbone%s from %s", name, " and adapters" * entry.init_adapters, step)
+        LOGGER.info("students.%s: backbone%s from %s", name, " and adapters" * entry.init_adapters, step)
     return {
         "params": {"backbone": variables["params"], "adapters": adapters},
         "buffers": variables["buffers"],
@@ -217,7 +218,7 @@ def read_weights(path: epath.PathLike) -> dict:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{path} needs PyTorch to be read (pip install 'eupe_jax[export]'), or convert it first") from error
+        raise ValueError(f"reading {path} needs PyTorch: pip install 'eupe_jax[export]'") from error
     with path.open("rb") as file:
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
     return {k: v.float().numpy() for k, v in state_dict.items()}
@@ -283,7 +284,9 @@ def manifest(config: ConfigDict, teachers: Teachers, statistics: Mapping[str, St
         }
     return {
         "students": students,
-        "teachers": {t: dataclasses.asdict(v.spec) | {"class_token": v.class_token} for t, v in teachers.by_name.items()},
+        "teachers": {
+            t: dataclasses.asdict(v.spec) | {"class_token": v.class_token} for t, v in teachers.by_name.items()
+        },
         "statistics": {name: s.header() for name, s in statistics.items()},
         "chain": teachers.chain_headers,
         "config": config.to_dict(),

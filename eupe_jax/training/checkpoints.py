@@ -40,10 +40,10 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, config: ConfigDict) -> None:
         """`config`: save_every (steps), keep (newest kept), keep_every (steps kept for good, 0 for none)."""
         self.directory = epath.Path(workdir) / "checkpoints"
+        self._save_every = config.save_every
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                save_interval_steps=config.save_every,
                 max_to_keep=config.keep,
                 keep_period=config.keep_every or None,
                 enable_async_checkpointing=True,
@@ -54,10 +54,14 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: Mapping, statistics: Mapping, chain: Mapping, manifest: Mapping, *, force: bool = False) -> None:
-        """Starts a save when the policy asks for one; returns as soon as the state is copied off the devices."""
-        step = int(state["step"])
-        if self._manager.latest_step() == step or not (force or self._manager.should_save(step)):
+    def save(
+        self, step: int, state: Mapping, statistics: Mapping, chain: Mapping, manifest: Mapping, *, force: bool = False
+    ) -> None:
+        """Starts a save every `save_every` steps, or now (`force`); returns once the state is off the devices.
+
+        `step` is given, not read from the state: reading would wait for the devices at every step.
+        """
+        if self._manager.latest_step() == step or not (force or step % self._save_every == 0):
             return
         items: dict[str, Any] = {}
         for name, student in state["students"].items():
@@ -70,7 +74,7 @@ class Checkpoints:
             items["chain"] = dict(chain)
         args = {key: ocp.args.StandardSave(value) for key, value in items.items()}
         args[MANIFEST] = ocp.args.JsonSave({**manifest, "format": FORMAT, "step": step})
-        self._manager.save(step, args=ocp.args.Composite(**args), force=force)
+        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def restore(self, state: Mapping, step: int) -> dict:
         """The state at `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings) says.

@@ -35,5 +35,6 @@ def fingerprint(tree: Any) -> str:
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     leaves = [jnp.asarray(leaf) for _, leaf in paths]
     digests = jax.device_get(_digests(leaves))
-    text = [f"{path_name(path)} {leaf.shape} {leaf.dtype} {int(d)}" for (path, leaf), d in zip(paths, digests)]
+    names = [f"{path_name(path)} {leaf.shape} {leaf.dtype}" for (path, _), leaf in zip(paths, leaves, strict=True)]
+    text = [f"{name} {int(digest)}" for name, digest in zip(names, digests, strict=True)]
     return hashlib.sha256("\n".join(sorted(text)).encode()).hexdigest()[:16]

@@ -1,11 +1,11 @@
 """One training run, top to bottom. The same lines serve all three stages: only the config differs."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -17,6 +17,8 @@ from eupe_jax.training import assemble, pipeline
 from eupe_jax.training.checkpoints import Checkpoints
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics
 from eupe_jax.training.optimizer import make_schedule
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     pipeline.check_config(config)
     main_process = jax.process_index() == 0
-    claim_workdir(workdir, config, write=main_process)
+    check_workdir(workdir, config)
     mesh = make_mesh(config.mesh.fsdp)
-    logging.info("%d devices, mesh %s", jax.device_count(), dict(mesh.shape))
+    LOGGER.info("%d devices, mesh %s", jax.device_count(), dict(mesh.shape))
 
     # ---- who teaches, and on what scale
     teachers = assemble.load_teachers(config, mesh)
@@ -59,7 +61,7 @@ def train(
     saver = Checkpoints(workdir, config.checkpoint)
     if saver.latest_step is not None:
         state = saver.restore(state, saver.latest_step)
-        logging.info("resumed from step %d", saver.latest_step)
+        LOGGER.info("resumed from step %d", saver.latest_step)
     manifest = assemble.manifest(config, teachers, statistics)
     start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
 
@@ -74,6 +76,9 @@ def train(
         for chosen in resolutions.every(config.student_resolutions, pipeline.teacher_sizes(config))
     }
     schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
+
+    if main_process:
+        record_config(workdir, config)
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
     batches = pipeline.batches(config, teachers.hosts, mesh, start_step=start)
@@ -93,11 +98,12 @@ def train(
                 scalars = running.pop(final=done == end)
                 if scalars:
                     writer.write(done, scalars | {"learning_rate": float(schedule(step))})
-                    bar.set_postfix({k.removesuffix("/loss"): f"{v:.3f}" for k, v in scalars.items() if k.endswith("/loss")})
+                    losses = {k.removesuffix("/loss"): v for k, v in scalars.items() if k.endswith("/loss")}
+                    bar.set_postfix(losses)
             for each in evals:
                 if done % each.every == 0 or done == config.total_steps:
                     writer.write(done, {f"{each.name}/{k}": v for k, v in each.run(state).items()})
-            saver.save(state, statistics_arrays, teachers.chains, manifest, force=done == end)
+            saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end)
     finally:
         bar.close()
         batches.close()
@@ -107,28 +113,31 @@ def train(
 
 
 # Fields that do not change what is computed: a resumed run may differ in them.
-FREE_FIELDS = ("log_every", "checkpoint", "data.workers", "mesh")
+FREE_FIELDS = ("log_every", "checkpoint", "data.threads", "data.workers", "mesh")
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, *, write: bool) -> None:
-    """Records the config in a new workdir; in one that has a config, refuses to go on with another.
+def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Refuses a workdir that holds a run of another config.
 
     Raises:
       ValueError: lists every field that differs.
     """
     path = workdir / "config.json"
-    wanted = json.loads(json.dumps(config.to_dict()))
     if path.exists():
+        wanted = json.loads(json.dumps(config.to_dict()))
         differences = list(_differences(json.loads(path.read_text()), wanted))
         if differences:
             raise ValueError(
                 f"{workdir} holds a run of another config; choose another workdir or go back to: "
                 + "; ".join(f"{field}={old!r} (now {new!r})" for field, old, new in differences)
             )
-    if write:
-        partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(wanted, indent=2))
-        partial.replace(path)
+
+
+def record_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes config.json, atomically."""
+    partial = workdir / ".config.json.partial"
+    partial.write_text(json.dumps(config.to_dict(), indent=2))
+    partial.replace(workdir / "config.json")
 
 
 def _differences(old: object, new: object, prefix: str = ""):

@@ -2,17 +2,10 @@
 
 import json
 
-import flax
-import jax.numpy as jnp
-from clu import metrics as clu_metrics
+import jax
+from clu.metrics import Average
 from etils import epath
 from tensorboardX import SummaryWriter
-
-
-def collection_for(names: list[str]) -> type[clu_metrics.Collection]:
-    """A clu Collection class that averages each named scalar."""
-    fields = {name: clu_metrics.Average.from_output(name) for name in names}
-    return flax.struct.dataclass(type("StepMetrics", (clu_metrics.Collection,), {"__annotations__": fields}))
 
 
 class RunningMetrics:
@@ -23,28 +16,24 @@ class RunningMetrics:
     """
 
     def __init__(self) -> None:
-        self._pending: dict | None = None
-        self._total: clu_metrics.Collection | None = None
-        self._class: type[clu_metrics.Collection] | None = None
+        self._pending: dict[str, jax.Array] = {}
+        self._averages: dict[str, Average] = {}
 
-    def add(self, metrics: dict[str, jnp.ndarray]) -> None:
+    def add(self, metrics: dict[str, jax.Array]) -> None:
         previous, self._pending = self._pending, metrics
-        if previous is not None:
-            self._merge(previous)
+        self._merge(previous)
 
-    def _merge(self, metrics: dict[str, jnp.ndarray]) -> None:
-        if self._class is None:
-            self._class = collection_for(list(metrics))
-        single = self._class.single_from_model_output(**metrics)
-        self._total = single if self._total is None else self._total.merge(single)
+    def _merge(self, metrics: dict[str, jax.Array]) -> None:
+        for name, value in jax.device_get(metrics).items():
+            average = Average.from_model_output(value)
+            self._averages[name] = self._averages[name].merge(average) if name in self._averages else average
 
     def pop(self, *, final: bool = False) -> dict[str, float]:
         """Averages of every step but the newest (`final`: including it), then starts afresh."""
-        if final and self._pending is not None:
-            self._merge(self._pending)
-            self._pending = None
-        total, self._total = self._total, None
-        return {} if total is None else {k: float(v) for k, v in total.compute().items()}
+        if final:
+            self.add({})
+        averages, self._averages = self._averages, {}
+        return {name: float(average.compute()) for name, average in averages.items()}
 
 
 class MetricWriter:

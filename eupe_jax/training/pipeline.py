@@ -1,0 +1,162 @@
+"""From a config to batches on the mesh, and to the functions that consume them."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from eupe_jax.data import sources as source_kinds
+from eupe_jax.data.augment import AugmentConfig, augment, host_augment, sample_keys
+from eupe_jax.data.host import HostConfig
+from eupe_jax.data.loader import Loader
+from eupe_jax.data.teacher_stage import with_host_teachers
+from eupe_jax.distill import resolutions
+from eupe_jax.distill.host_teachers import HostTeacher
+from eupe_jax.distill.step import Loss, Student
+from eupe_jax.distill.step import make_step as make_distillation_step
+from eupe_jax.sharding.mesh import batch_sharding
+from eupe_jax.training.assemble import Teachers
+
+
+def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry.resolutions) for name, entry in config.teachers.items()}
+
+
+def check_config(config: ConfigDict) -> None:
+    """What can be seen to be wrong before anything is loaded.
+
+    Raises:
+      ValueError: names the field and the fix.
+    """
+    for field in ("total_steps", "batch_size", "log_every"):
+        if config[field] < 1:
+            raise ValueError(f"{field} must be at least 1, got {config[field]}")
+    if config.checkpoint.save_every < 1:
+        raise ValueError(f"checkpoint.save_every must be at least 1, got {config.checkpoint.save_every}")
+    sides = {"student_resolutions": config.student_resolutions}
+    sides |= {f"teachers.{name}.resolutions": sizes for name, sizes in teacher_sizes(config).items()}
+    for field, sizes in sides.items():
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"{field} must list at least one positive size, got {tuple(sizes)}")
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: a run needs images")
+
+
+def make_source(name: str, entry: ConfigDict) -> source_kinds.Source:
+    """The image source that one entry of `config.data.sources` describes.
+
+    kind "images": a folder (also of tar files). "tfds": "NAME:SPLIT", options as `sources.Tfds`. "photos": the
+    photographs packaged with scikit-image and scikit-learn. "synthetic": smooth random pictures for smoke tests.
+    """
+    options = entry.options.to_dict()
+    if entry.kind in ("images", "tfds") and not entry.path:
+        raise ValueError(f"data.sources.{name}.path is empty: give --config.data.sources.{name}.path=...")
+    if entry.kind == "images":
+        return source_kinds.ImageFolder(entry.path, **options)
+    if entry.kind == "tfds":
+        dataset, _, split = entry.path.partition(":")
+        return source_kinds.Tfds(dataset, split or "train", **options)
+    if entry.kind == "photos":
+        return source_kinds.PackagedPhotos(**options)
+    if entry.kind == "synthetic":
+        return source_kinds.ArraySource(_synthetic(**options))
+    raise ValueError(f"data.sources.{name}.kind is {entry.kind!r}: use 'images', 'tfds', 'photos' or 'synthetic'")
+
+
+def _synthetic(size: int, count: int = 64) -> np.ndarray:
+    coarse = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return coarse.repeat(-(-size // 8), 1).repeat(-(-size // 8), 2)[:, :size, :size]
+
+
+def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -> Loader:
+    """The loader of one host."""
+    data = config.data
+    return Loader(
+        {name: make_source(name, entry) for name, entry in data.sources.items()},
+        HostConfig(
+            size=data.image_size, mode=data.mode, scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio),
+            max_broken_fraction=data.max_broken_fraction,
+        ),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        weights={name: entry.weight for name, entry in data.sources.items()},
+        process_index=process_index,
+        process_count=process_count,
+        threads=data.threads,
+        workers=data.workers,
+    )  # fmt: skip
+
+
+def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> Iterator[dict]:
+    """Global batches on the mesh from `start_step` on: {"image": uint8 [B, S, S, 3], "index": [B]}; with host
+    teachers also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done."""
+    loader = make_loader(config, process_index=jax.process_index(), process_count=jax.process_count())
+    local = loader.batches(start_step)
+    if hosts:
+        run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed, loader.first_position)
+        local = with_host_teachers(local, hosts, run_augment, start_step=start_step)
+    sharding = batch_sharding(mesh)
+    try:
+        for batch in local:
+            yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    finally:
+        if hasattr(local, "close"):
+            local.close()
+
+
+def device_augment(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> Callable | None:
+    """`augment(step, images)` for the jitted step; None where host teachers had it done beside the pipeline."""
+    if hosts:
+        return None
+    settings = AugmentConfig.from_dict(config.augment)
+
+    def run(step: jax.Array, images_BxSxSx3: jax.Array) -> jax.Array:
+        keys = sample_keys(config.seed, step, jnp.arange(images_BxSxSx3.shape[0]))
+        return augment(keys, images_BxSxSx3, settings)
+
+    return run
+
+
+def make_step(
+    config: ConfigDict, students: Mapping[str, Student], teachers: Teachers, chosen: resolutions.Resolutions
+) -> Callable:
+    """The distillation step of this config for one choice of resolutions."""
+    loss = Loss(config.loss.patch_cosine, config.loss.patch_smooth_l1, config.loss.smooth_l1_beta)
+    return make_distillation_step(
+        students,
+        teachers.by_name,
+        chosen,
+        loss,
+        seed=config.seed,
+        augment=device_augment(config, teachers.hosts),
+        shuffle_targets=config.loss.shuffle_targets,
+    )
+
+
+class TeacherForward:
+    """`forward(step, batch) -> {teacher: targets}`: teachers alone, on the very pixels that training sees at `step`."""
+
+    def __init__(self, config: ConfigDict, teachers: Teachers) -> None:
+        self._config, self._teachers = config, teachers
+        self._augment = device_augment(config, teachers.hosts)
+        self._run = jax.jit(self._forward, static_argnums=3)
+
+    def _forward(self, step: jax.Array, batch: Mapping, variables: Mapping, chosen: resolutions.Resolutions) -> dict:
+        images = batch["image"].astype(jnp.float32) / 255.0
+        if self._augment is not None:
+            images = self._augment(step, images)
+        sides = dict(chosen.teachers)
+        return {
+            name: teacher.targets(batch["features"][name])
+            if teacher.is_host
+            else teacher(variables[name], images, sides[name])
+            for name, teacher in self._teachers.by_name.items()
+        }
+
+    def __call__(self, step: int, batch: Mapping) -> dict[str, dict[str, jax.Array]]:
+        config = self._config
+        chosen = resolutions.choose(config.seed, step, config.student_resolutions, teacher_sizes(config))
+        return self._run(jnp.int32(step), batch, self._teachers.variables, chosen)

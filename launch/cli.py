@@ -1,0 +1,87 @@
+"""What the command-line entries share: flags, and errors as one line that names the fix."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+BAD_INPUT = 2  # exit status
+
+EXPECTED_ERRORS = (ValueError, OSError, ImportError)
+
+
+def define_config(help_text: str = "recipe, e.g. configs/stage2_vitb.py or configs/stage2_vitb.py:runlocal"):
+    """The --config flag: a file with `get_config(mode)`, and --config.FIELD=VALUE overrides."""
+    return config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+
+
+def fail(message: str) -> None:
+    """Prints one line and exits with status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def _reason(text: str) -> str:
+    """The line that helps, out of what ml_collections says: it quotes whole tracebacks, and every place it looked."""
+    if "Traceback" in text:
+        return text.strip().splitlines()[-1].split("Error: ", 1)[-1]
+    found = re.search(r"No such file or directory: '[^']*'", text)
+    return found[0] if found and "Attempted" in text else text
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(tuple(argv))
+    except flags.Error as error:
+        fail(_reason(str(error)))
+    except AttributeError as error:  # an override of a field that the config does not have
+        text = str(error).replace("\\'", "'")
+        found = re.search(r"'(?P<field>[^']+)'(?:.*?Did you mean \"(?P<near>[^\"]+)\")?", text, re.DOTALL)
+        field = found["field"].strip('"') if found else str(error)
+        near = f"; did you mean {found['near']!r}?" if found and found["near"] else ""
+        wanted = [a for a in argv if field in a]
+        fail(f"the config has no field {field!r} ({wanted[0] if wanted else 'in an override'}){near}")
+    except EXPECTED_ERRORS + (TypeError, KeyError) as error:
+        fail(f"cannot read the config or its overrides: {error}")
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}: flags are given as --flag=value")
+    return rest
+
+
+def set_up_logging() -> None:
+    """Our own messages, plainly; of the libraries' only warnings (Orbax alone writes dozens of lines a save)."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("eupe_jax", "launch", "convert"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs `main()` under absl. Bad input ends in one line and status 2; EUPE_TRACEBACK=1 shows the stack as well."""
+
+    def guarded(_: list[str]) -> None:
+        set_up_logging()
+        try:
+            main()
+        except EXPECTED_ERRORS as error:
+            if os.environ.get("EUPE_TRACEBACK"):
+                raise
+            fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def require(flag: flags.FlagHolder, name: str) -> object:
+    """The value of a flag that must be given."""
+    if flag.value is None:
+        fail(f"--{name} is missing: see --help")
+    return flag.value

@@ -1,0 +1,27 @@
+"""Measures the frozen statistics of a recipe's teachers (EUPE §3.3), once, before training:
+
+python launch/measure_statistics.py --config=configs/stage2_vitb.py --out=gs://BUCKET/stage2/statistics
+"""
+
+from absl import flags
+
+from eupe_jax.training.measure import measure_statistics
+from launch import cli
+
+CONFIG = cli.define_config()
+OUT = flags.DEFINE_string("out", None, "folder for TEACHER.safetensors files")
+
+
+def main() -> None:
+    config = cli.require(CONFIG, "config")
+    for name, statistics in measure_statistics(config, cli.require(OUT, "out")).items():
+        for kind in statistics.mean:
+            mean, std = statistics.mean[kind], statistics.std[kind]
+            print(
+                f"{name} {kind}: {len(mean)} coordinates, {statistics.count[kind]} tokens, "
+                f"mean {mean.min():.3g}..{mean.max():.3g}, std {std.min():.3g}..{std.max():.3g}"
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)
