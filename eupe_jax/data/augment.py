@@ -70,9 +70,9 @@ class AugmentConfig:
         return 1 - self.blur_p if self.blur_inverted else self.blur_p
 
 
-def sample_keys(seed: int | jax.Array, step: int | jax.Array, positions: jax.Array) -> jax.Array:
-    """Keys [B] of the images at `positions` (int [B]) of the global batch of `step`."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+def sample_keys(key: jax.Array, step: int | jax.Array, positions: jax.Array) -> jax.Array:
+    """Keys [B] of the images at `positions` (int [B]) of the global batch of `step`, from the run's key."""
+    key = jax.random.fold_in(key, step)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(positions))
 
 
@@ -173,8 +173,8 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="config")
-def _augment_uint8(seed, step, first_position, images, config):
-    keys = sample_keys(seed, step, first_position + jnp.arange(images.shape[0]))
+def _augment_uint8(key, step, first_position, images, config):
+    keys = sample_keys(key, step, first_position + jnp.arange(images.shape[0]))
     return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config))
 
 
@@ -185,9 +185,11 @@ def host_augment(config: AugmentConfig, seed: int) -> Callable[[int, np.ndarray,
     `first_position + j` of the global batch of `step`, and its keys are those of the device's augmentation.
     """
     cpu = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(cpu):
+        key = jax.random.key(seed)
 
     def augment_on_cpu(step: int, images: np.ndarray, first_position: int = 0) -> np.ndarray:
         with jax.default_device(cpu):
-            return np.asarray(_augment_uint8(seed, step, first_position, images, config))
+            return np.asarray(_augment_uint8(key, step, first_position, images, config))
 
     return augment_on_cpu

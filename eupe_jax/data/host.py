@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eupe_jax.data.order import hash_words
 from eupe_jax.data.sources import Record, Source
@@ -128,6 +128,8 @@ class _naming:
 
     def __exit__(self, kind, error, trace):
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on broken files.
+        if isinstance(error, UnidentifiedImageError):
+            raise BrokenRecord(self._name, "not an image that Pillow can identify") from error
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise BrokenRecord(self._name, f"{type(error).__name__}: {error}") from error
 

@@ -1,0 +1,116 @@
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from eupe_jax.data.host import decode
+from eupe_jax.data.sources import ArraySource, ImageFolder, Tfds
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path, encode, picture):
+    for name in ["b/2.png", "a/1.PNG", "a/deep/0.png", ".hidden.png", "notes.txt", "b/._2.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode(picture))
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for name in ["x.png", "x.cls", "y.png"]:
+            (tmp_path / "member").write_bytes(encode(picture[::-1]) if name == "y.png" else encode(picture))
+            tar.add(tmp_path / "member", name)
+    (tmp_path / "member").unlink()
+    return tmp_path
+
+
+def test_folder_is_sorted_recursive_and_reads_tars(folder, picture):
+    source = ImageFolder(folder)
+    names = [os.path.relpath(source[i].name, folder) for i in range(len(source))]
+    assert names == ["a/1.PNG", "a/deep/0.png", "b/2.png", "c.tar:x.png", "c.tar:y.png"]
+    for i in range(4):
+        np.testing.assert_array_equal(decode(source[i]), picture)
+    np.testing.assert_array_equal(decode(source[4]), picture[::-1])
+
+
+def test_one_tar_is_a_folder(folder, picture):
+    source = ImageFolder(folder / "c.tar")
+    assert source[1].name == f"{folder}/c.tar:y.png"
+    np.testing.assert_array_equal(decode(source[1]), picture[::-1])
+
+
+def test_sources_pickle_and_digests_follow_content(folder, photos, encode, picture):
+    source = ImageFolder(folder)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[3] == source[3] and copy.digest == source.digest == ImageFolder(folder).digest
+    (folder / "z.png").write_bytes(encode(picture))
+    assert ImageFolder(folder).digest != source.digest
+    assert pickle.loads(pickle.dumps(photos)).digest == photos.digest
+    arrays = ArraySource([picture])
+    assert arrays.digest == ArraySource(picture[None]).digest != ArraySource([picture[::-1]]).digest
+
+
+def test_a_link_back_up_ends(folder):
+    (folder / "b" / "loop").symlink_to(folder)
+    assert len(ImageFolder(folder)) == 5
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such image folder: .*gone"):
+        ImageFolder(tmp_path / "gone")
+    with pytest.raises(ValueError, match="no images found.*jpg"):
+        ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match="local path"):
+        ImageFolder("gs://bucket/images")
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match="bad.tar.*uncompressed tar"):
+        ImageFolder(tmp_path)
+
+
+def test_array_source_checks_and_names(picture):
+    assert ArraySource([picture], ["one"])[0].name == "one"
+    assert ArraySource([picture])[0].name == "array[0]"
+    with pytest.raises(ValueError, match="2 names for 1"):
+        ArraySource([picture], ["a", "b"])
+    with pytest.raises(ValueError, match="image 0 must be uint8"):
+        ArraySource([picture.astype(np.float32)])
+    with pytest.raises(ValueError, match="no images"):
+        ArraySource([])
+
+
+def test_packaged_photos_are_colour_photographs(photos):
+    assert len(photos) == 8 and "chelsea" in photos.names
+    for i in range(len(photos)):
+        image = decode(photos[i])
+        assert min(image.shape[:2]) >= 300 and np.ptp(image.astype(int), axis=-1).mean() > 5
+
+
+def test_tfds_split_without_tensorflow(tmp_path, picture, encode):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path  # where it looks for its metadata; this builder lives in no package
+
+        def _info(self):
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"image": tfds.features.Image()}))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                yield str(i), {"image": encode(np.full_like(picture, 40 * i + 10))}
+
+    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source = Tfds("tiny", "train", data_dir=str(tmp_path))
+    source = pickle.loads(pickle.dumps(source))
+    assert len(source) == 3 and isinstance(source[0].data, bytes) and source[2].name == "tiny/train[2]"
+    assert sorted(int(decode(source[i]).mean()) for i in range(3)) == [10, 50, 90]
+    with pytest.raises(ValueError, match="no feature 'picture'"):
+        Tfds("tiny", "train", data_dir=str(tmp_path), image_key="picture")
+    with pytest.raises(ValueError, match="no_such_set"):
+        Tfds("no_such_set", data_dir=str(tmp_path))
