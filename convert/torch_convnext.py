@@ -1,4 +1,4 @@
-"""The ConvNeXt students in PyTorch, readable first: same arithmetic and same weight names as the released ones.
+"""The ConvNeXt students in PyTorch, readable first: arithmetic and weight names of the released ones.
 
 `convert/export_modules.py` rewrites this module for a phone; this one is the meaning both must agree with.
 """

@@ -1,4 +1,4 @@
-"""The vision transformer students in PyTorch, readable first: same arithmetic and same weight names as the released ones.
+"""The vision transformer students in PyTorch, readable first: arithmetic and weight names of the released ones.
 
 `convert/export_modules.py` rewrites this module for a phone; this one is the meaning both must agree with.
 Shapes: B images, T = 1 + R + h * w tokens (class, storage, patches), D width, N heads of size hd = D / N.
@@ -27,7 +27,7 @@ class MaskedBiasLinear(nn.Linear):
 
 
 class RopeEmbedding(nn.Module):
-    """Axial rotary angles of patch centres in [-1, 1] x [-1, 1]. The periods are part of the weights: copied, not computed."""
+    """Axial rotary angles of patch centres in [-1, 1] x [-1, 1]. The periods are weights: loaded, not computed."""
 
     def __init__(self, head_dim: int, base: float = 100.0):
         super().__init__()
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "VisionTransformer":
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], norm_eps: float = 1e-5) -> "VisionTransformer":
         """Builds the module whose dimensions the tensors spell out, and loads them strictly.
 
         Raises:
@@ -154,9 +154,9 @@ class VisionTransformer(nn.Module):
         except KeyError as e:
             raise ValueError(f"not the weights of a vision transformer student: tensor {e} is missing") from None
         if dim % head_dim:
-            raise ValueError(f"width {dim} does not divide into heads of {head_dim}, which 'rope_embed.periods' asks for")
+            raise ValueError(f"width {dim} does not divide into heads of {head_dim}, as 'rope_embed.periods' says")
         depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state_dict)
-        module = cls(dim, depth, dim // head_dim, hidden, patch_size, num_storage_tokens)
+        module = cls(dim, depth, dim // head_dim, hidden, patch_size, num_storage_tokens, norm_eps)
         try:
             module.load_state_dict(state_dict, strict=True)
         except RuntimeError as e:

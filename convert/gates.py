@@ -1,0 +1,103 @@
+"""The gates every conversion passes before a file is written: real images through both sides, compared."""
+
+import functools
+from collections.abc import Mapping
+from importlib import util
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from eupe_jax.training.checkpoints import LoadedEncoder
+
+FLAX_VS_TORCH = 1e-4
+TORCH_VS_PTE = 1e-3
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # shipped inside scikit-image
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+Features = Mapping[str, np.ndarray]
+Report = dict[str, dict[str, float]]
+
+
+class GateError(ValueError):
+    """A conversion changed what the encoder computes; nothing was written."""
+
+
+def load_images(folder: str | Path | None, height: int, width: int, limit: int = 4) -> np.ndarray:
+    """Photographs squashed to [N, height, width, 3] uint8: the first of `folder`, else those scikit-image ships.
+
+    Raises:
+      FileNotFoundError: no such folder, no images in it, or no folder given and scikit-image not installed.
+      ValueError: a file is no image.
+    """
+    if folder is None:
+        package = util.find_spec("skimage")
+        if package is None:
+            raise FileNotFoundError("no images to check with: name a folder with --images, or install scikit-image")
+        paths = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
+    elif not Path(folder).is_dir():
+        raise FileNotFoundError(f"--images {folder}: no such folder")
+    else:
+        paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise FileNotFoundError(f"--images {folder}: no {', '.join(SUFFIXES)} file in it")
+    images = []
+    for path in paths[:limit]:
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)))
+        except (UnidentifiedImageError, OSError) as e:
+            raise ValueError(f"{path} cannot be read as an image: {e}") from None
+    return np.stack(images)
+
+
+def normalise(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray) -> np.ndarray:
+    """uint8 images -> float32 with the encoder's pixel mean and std."""
+    mean, std = np.float32(encoder.mean), np.float32(encoder.std)
+    return (images_NxHxWx3.astype(np.float32) / 255 - mean) / std
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module, variables, pixels_NxHxWx3):
+    return module.apply(variables, pixels_NxHxWx3)
+
+
+def flax_features(encoder: LoadedEncoder, pixels_NxHxWx3: np.ndarray) -> dict[str, np.ndarray]:
+    """Features of normalised images from the Flax encoder, matrix products in full float32."""
+    with jax.default_matmul_precision("highest"):
+        return jax.tree.map(np.asarray, _apply(encoder.module, encoder.variables, pixels_NxHxWx3))
+
+
+def torch_features(module: nn.Module, pixels_NxHxWx3: np.ndarray) -> dict[str, np.ndarray]:
+    """Features of the same normalised images from the PyTorch module."""
+    with torch.inference_mode():
+        features = module(torch.from_numpy(np.ascontiguousarray(pixels_NxHxWx3.transpose(0, 3, 1, 2))))
+    return {name: value.numpy() for name, value in features.items()}
+
+
+def compare(reference: Features, candidate: Features) -> Report:
+    """Per kind of token: `max_abs`, the largest difference with the reference scaled to unit standard deviation, and
+    `cosine`, the smallest cosine between two corresponding tokens. Kinds with no tokens are left out."""
+    report = {}
+    for name, expected in reference.items():
+        if not expected.size:
+            continue
+        if name not in candidate or candidate[name].shape != expected.shape:
+            got = list(candidate[name].shape) if name in candidate else "nothing"
+            raise GateError(f"{name} should be {list(expected.shape)}, got {got}")
+        a, b = expected.astype(np.float64), candidate[name].astype(np.float64)
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosine = (a * b).sum(-1) / norms
+            report[name] = {"max_abs": float(np.abs(a - b).max() / a.std()), "cosine": float(cosine.min())}
+    return report
+
+
+def require(report: Report, tolerance: float, what: str) -> None:
+    """Raises GateError unless every `max_abs` is at most `tolerance`; a NaN never is."""
+    bad = [f"{name} {r['max_abs']:.3g}" for name, r in report.items() if not r["max_abs"] <= tolerance]
+    if bad or not report:
+        raise GateError(f"{what} disagree: max abs difference {', '.join(bad)}, allowed {tolerance:g}; nothing written")
