@@ -1,0 +1,84 @@
+"""Agreement with the experts: cosine in each expert's normalised space, through the chain of adapters.
+
+A proxy predicts its experts with its own adapters. A student predicts the proxy, is de-normalised with the proxy's
+statistics, and goes on through the proxy's adapters to the experts: the chain that zero-shot evaluation uses too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from eupe_jax.distill.adapters import AdapterBank
+from eupe_jax.distill.losses import cosine, match_grids
+from eupe_jax.distill.normalization import denormalize
+from eupe_jax.training import checkpoints
+
+Tokens = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The adapters of one distilled encoder to its teachers, and those teachers' statistics.
+
+    statistics: {teacher: {"mean": {kind: [D]}, "std": {kind: [D]}}}.
+    """
+
+    bank: AdapterBank
+    params: Mapping
+    statistics: Mapping
+
+    @classmethod
+    def of(cls, description: Mapping, params: Mapping, statistics: Mapping) -> "Hop":
+        """From a manifest's "adapters" entry and the arrays that belong to it."""
+        bank = AdapterBank(description["hidden_dim"], description["out_dims"], description["eps"])
+        return cls(bank, params, statistics)
+
+    def __call__(self, tokens: Tokens) -> dict[str, dict[str, jax.Array]]:
+        """Predictions of every teacher's tokens, in that teacher's normalised space."""
+        return self.bank.apply({"params": self.params}, tokens)
+
+
+def load_chain(path: epath.PathLike, student: str | None = None) -> list[Hop]:
+    """The hops from a checkpoint's student to the experts: one for a proxy, two for a student of a proxy."""
+    step = checkpoints.step_directory(path)
+    manifest = checkpoints.read_manifest(step)
+    entry = manifest["students"][checkpoints.pick_student(manifest, student, path)]
+    statistics = checkpoints.restore_item(step, "statistics")
+    hops = [Hop.of(entry["adapters"], checkpoints.load_adapters(path, student), statistics)]
+    if manifest["chain"]:
+        arrays = checkpoints.restore_item(step, "chain")
+        (teacher,) = manifest["chain"]  # a student of several proxies has no single way back
+        header = manifest["chain"][teacher]
+        hops.append(Hop.of(header["adapters"], arrays[teacher]["adapters"], arrays[teacher]["statistics"]))
+    return hops
+
+
+def predict_experts(tokens: Tokens, chain: Sequence[Hop]) -> dict[str, dict[str, jax.Array]]:
+    """Follows the chain: {expert: {"cls": [B, Dc], "patches": [B, h, w, Dp]}} in the experts' normalised spaces."""
+    for hop in chain[:-1]:
+        ((teacher, predicted),) = hop(tokens).items()
+        mean, std = hop.statistics[teacher]["mean"], hop.statistics[teacher]["std"]
+        tokens = {kind: denormalize(x, mean[kind], std[kind]) for kind, x in predicted.items()}
+    return chain[-1](tokens)
+
+
+def agreement(prediction: Tokens, target: Tokens) -> dict[str, float]:
+    """Mean cosine per token kind; patch grids are matched as in training (the smaller is upsampled)."""
+    scores = {}
+    for kind in target.keys() & prediction.keys():
+        x, y = jnp.asarray(prediction[kind]), jnp.asarray(target[kind])
+        x, y = match_grids(x, y) if x.ndim == 4 else (x, y)
+        scores[kind] = float(jnp.mean(cosine(x, y)))
+    return scores
+
+
+def position_map(target: Tokens) -> dict[str, np.ndarray]:
+    """The mean token at every position, whatever the image: the control that any honest patch score has to beat.
+
+    The result keeps a batch axis of one. Class tokens have one position, so theirs is the plain mean.
+    """
+    return {kind: np.mean(np.asarray(x, np.float64), axis=0, keepdims=True).astype(np.float32) for kind, x in target.items()}
