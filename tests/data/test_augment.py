@@ -13,6 +13,7 @@ from eupe_jax.data import augment as A
 from eupe_jax.data.augment import AugmentConfig, augment, host_augment, sample_keys
 from eupe_jax.data.host import decode
 
+colour_jitter = jax.jit(A.colour_jitter)
 OFF = dataclasses.asdict(AugmentConfig.off())
 
 
@@ -51,7 +52,7 @@ def test_all_off_is_the_identity(x_8x64x64x3):
 )
 def test_jitter_against_pillow(x_8x64x64x3, pictures, operation, pillow, factor):
     factors = jnp.ones((8, 3)).at[:, operation].set(factor)
-    got = A.colour_jitter(x_8x64x64x3, factors, jnp.zeros(8), jnp.tile(jnp.arange(4), (8, 1)))
+    got = colour_jitter(x_8x64x64x3, factors, jnp.zeros(8), jnp.tile(jnp.arange(4), (8, 1)))
     # Pillow rounds each grey value and truncates the blend: up to two levels.
     close(got, [pillow(p).enhance(factor) for p in pictures], 2)
 
@@ -87,7 +88,7 @@ def test_jitter_follows_each_images_order(x_8x64x64x3, order):
         want = one(want, operation)
     # Another order beside it in the same batch changes nothing.
     orders = jnp.concatenate([jnp.tile(jnp.array(order), (4, 1)), jnp.tile(jnp.arange(4), (4, 1))])
-    got = A.colour_jitter(x_8x64x64x3, factors, jnp.full(8, 0.08), orders)
+    got = colour_jitter(x_8x64x64x3, factors, jnp.full(8, 0.08), orders)
     np.testing.assert_allclose(got[:4], want[:4], atol=1e-5)
 
 
@@ -130,11 +131,10 @@ def test_operations_fire_as_often_as_asked(field, share):
 
 def test_the_blur_quirk_fires_with_one_minus_p():
     x = jax.random.uniform(jax.random.key(1), (400, 8, 8, 3))
-    for p, share in [(0.1, 0.9), (1.0, 0.0)]:
-        config = only(blur_p=p, blur_inverted=True, blur_sigma=(1.0, 2.0))
-        assert config.blur_chance == pytest.approx(share)
-        changed = np.asarray(jnp.any(augment(keys(400), x, config) != x, axis=(1, 2, 3)))
-        assert abs(changed.mean() - share) < 0.08
+    config = only(blur_p=0.1, blur_inverted=True, blur_sigma=(1.0, 2.0))
+    changed = np.asarray(jnp.any(augment(keys(400), x, config) != x, axis=(1, 2, 3)))
+    assert abs(changed.mean() - 0.9) < 0.08
+    np.testing.assert_array_equal(augment(keys(400), x, only(blur_p=1.0, blur_inverted=True)), x)
 
 
 def test_strengths_are_uniform_in_their_range():
@@ -145,12 +145,13 @@ def test_strengths_are_uniform_in_their_range():
 
 
 def test_an_image_depends_on_its_own_key_alone(x_8x64x64x3):
-    config = AugmentConfig(blur_p=0.5)
+    config = AugmentConfig()
     whole = augment(keys(8), x_8x64x64x3, config)
     parts = [augment(keys(8)[i : i + 2], x_8x64x64x3[i : i + 2], config) for i in range(0, 8, 2)]
     np.testing.assert_allclose(whole, jnp.concatenate(parts), atol=2e-6)
     other = augment(keys(8, step=1), x_8x64x64x3, config)
-    assert all(float(jnp.abs(a - b).max()) > 0.01 for a, b in zip(whole, other, strict=True))
+    # Nothing at all may happen to an image in both steps, but that is rare.
+    assert sum(float(jnp.abs(a - b).max()) > 0.01 for a, b in zip(whole, other, strict=True)) >= 6
     assert float(whole.min()) >= 0 and float(whole.max()) <= 1
 
 

@@ -1,11 +1,13 @@
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eupe_jax.data.host import decode
+from eupe_jax.data.host import BrokenRecord, HostConfig, decode
+from eupe_jax.data.loader import Loader
 from eupe_jax.data.sources import ArraySource, ImageFolder, Tfds
 
 
@@ -114,3 +116,39 @@ def test_tfds_split_without_tensorflow(tmp_path, picture, encode):
         Tfds("tiny", "train", data_dir=str(tmp_path), image_key="picture")
     with pytest.raises(ValueError, match="no_such_set"):
         Tfds("no_such_set", data_dir=str(tmp_path))
+
+
+@pytest.fixture
+def real_data():
+    path = Path(os.environ.get("EUPE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no image data in {path}; set EUPE_DATA_DIR")
+    return path
+
+
+def test_a_folder_with_odd_files_among_real_photos(real_data):
+    source = ImageFolder(real_data / "photos")
+    names = [os.path.basename(source.name(i)) for i in range(len(source))]
+    broken = set()
+    for i, name in enumerate(names):
+        try:
+            image = decode(source[i])
+        except BrokenRecord:
+            broken.add(name)
+        else:
+            assert image.ndim == 3 and image.shape[2] == 3
+            assert image.min() < 250 or name == "gray16.png"  # nothing clipped to white
+    assert broken == {"truncated.jpg", "zero_bytes.jpg", "html_page.jpg"}
+    loader = Loader(source, HostConfig(size=64), batch_size=35, seed=0, threads=2)
+    batches = loader.batches()
+    shown = {names[i] for _ in range(2) for i in next(batches)["index"]}
+    batches.close()
+    assert not shown & broken and {"cmyk.jpg", "gray16.png", "png_renamed.jpg"} <= shown
+
+
+def test_web_dataset_shards_are_read_in_place(real_data):
+    source = ImageFolder(real_data / "caltech101")
+    assert len(source) == 3030 + 1101
+    assert len(ImageFolder(real_data / "tiny_imagenet_unlabelled")) == 12_000
+    for i in (0, 2000, len(source) - 1):
+        assert min(decode(source[i]).shape[:2]) >= 80
