@@ -130,8 +130,6 @@ def gate(encoder: LoadedEncoder, pte: bytes, images_NxHxWx3: np.ndarray) -> dict
 
 def latency(pte: bytes, size: tuple[int, int], threads: int = 1, runs: int = 20) -> dict[str, Any]:
     """Median milliseconds a run on this machine, after one warm-up run; stops early after half a minute."""
-    if threads < 1 or runs < 1:
-        raise ValueError(f"threads and runs must be at least 1, got {threads} and {runs}")
     portable_lib._unsafe_reset_threadpool(threads)
     run, image, times = PteRunner(pte), torch.zeros(1, 3, *size), []
     run(image)
@@ -159,6 +157,8 @@ def convert(
     out = Path(out)
     if out.suffix != ".pte":
         raise ValueError(f"--out {out}: the name must end in .pte")
+    if threads < 1 or runs < 1:
+        raise ValueError(f"threads and runs must be at least 1, got {threads} and {runs}")
     weights.check_writable(out)
     height, width = _sides(encoder, resolution)
     photographs = gates.load_images(images, height, width)

@@ -1,0 +1,200 @@
+"""Checkpoint to weights file: what is written, and that nothing is written when anything is wrong."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+torch = pytest.importorskip("torch")
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
+from convert import gates, to_torch, weights  # noqa: E402
+from eupe_jax.training.checkpoints import Checkpoints  # noqa: E402
+
+
+@pytest.fixture
+def checkpoint(vit, tmp_path):
+    """A training checkpoint with two students."""
+    workdir = tmp_path / "run"
+    student = {
+        "params": {"backbone": vit.variables["params"], "adapters": {"a": np.zeros(1)}},
+        "buffers": vit.variables["buffers"],
+        "optimizer": {"a": np.zeros(1)},
+    }
+    manager = Checkpoints(workdir, ConfigDict({"save_every": 1, "keep": 1, "keep_every": 0}))
+    entry = vit.manifest | {"adapters": {}}
+    state = {"step": np.int32(1), "students": {"first": student, "second": student}}
+    manifest = {"students": {"first": entry, "second": entry}}
+    manager.save(step=1, state=state, statistics={"t": np.zeros(1)}, chain={}, manifest=manifest, force=True)
+    manager.wait()
+    manager.close()
+    return workdir
+
+
+def _same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_and_metadata_survive_the_round_trip(encoder, tmp_path, photographs, suffix):
+    out = tmp_path / f"student{suffix}"
+    metadata = to_torch.convert(encoder, out, photographs)
+    loaded = weights.load(out)
+    _same(loaded.variables, encoder.variables)
+    assert (loaded.name, loaded.overrides, loaded.resolution) == (encoder.name, encoder.overrides, encoder.resolution)
+    assert (loaded.mean, loaded.std) == (encoder.mean, encoder.std)
+    assert metadata["gates"]["flax_vs_torch"]["patches"]["max_abs"] <= 1e-4
+    assert loaded.manifest["weights_sha256"] == weights.digest(weights.to_state_dict(encoder))
+    expected = {out.name} | ({out.name + ".json"} if suffix == ".pt" else set())
+    assert {p.name for p in tmp_path.iterdir()} == expected
+    if suffix == ".pt":  # a bare state_dict: loads into other code without this package
+        type(weights.to_module(encoder)).from_state_dict(torch.load(out, weights_only=True))
+
+
+def test_command_line_takes_a_training_checkpoint(checkpoint, vit, tmp_path, photographs, capsys):
+    out = tmp_path / "deep" / "student.safetensors"
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(out), "--images", str(photographs)]
+    assert to_torch.main(arguments) == 1  # two students, none named
+    assert "first" in capsys.readouterr().err and not out.exists()
+    assert to_torch.main([*arguments, "--student", "second"]) == 0
+    assert "max abs" in capsys.readouterr().out
+    _same(weights.load(out).variables, vit.variables)
+
+
+def test_help_shows_an_example():
+    script = Path(to_torch.__file__)
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert "python convert/to_torch.py --checkpoint" in done.stdout
+
+
+def test_the_gate_refuses_other_weights_and_nothing_is_written(encoder, tmp_path, photographs, monkeypatch):
+    module = weights.to_module(encoder)
+    images = gates.load_images(photographs, 64, 64)
+    to_torch.gate(encoder, module, images)
+    with torch.no_grad():
+        module.norm.weight[0] *= 1.001
+    with pytest.raises(gates.GateError, match="nothing written"):
+        to_torch.gate(encoder, module, images)
+    monkeypatch.setattr(weights, "to_module", lambda encoder: module)
+    with pytest.raises(gates.GateError):
+        to_torch.convert(encoder, tmp_path / "student.safetensors", photographs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nan_never_passes():
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    y = x.copy()
+    y[0, 0] = np.nan
+    with pytest.raises(gates.GateError):
+        gates.require(gates.compare({"cls": x}, {"cls": y}), 1e9, "a and b")
+    constant = np.ones((2, 3), np.float32)  # collapsed features cannot be compared
+    with pytest.raises(gates.GateError):
+        gates.require(gates.compare({"cls": constant}, {"cls": constant}), 1e9, "a and b")
+    with pytest.raises(gates.GateError, match="patches"):
+        gates.compare({"patches": x}, {"cls": x})
+
+
+class _Code:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def _safetensors(path, tensors, header=None):
+    metadata = {} if header is None else {"eupe_jax": header if isinstance(header, str) else json.dumps(header)}
+    path.write_bytes(safetensors_numpy.save(tensors, metadata=metadata))
+    return path
+
+
+def _bad_files(encoder, folder):
+    """(file, --model, words the error must have)"""
+    good = weights.to_state_dict(encoder)
+    header = weights.describe(encoder)
+    name = encoder.name
+    yield folder / "missing.pt", None, "no weights file"
+    code = folder / "code.pt"
+    code.write_bytes(pickle.dumps({"a": _Code()}))
+    yield code, name, "cannot be read as weights"
+    torch.save({"a": _Code()}, folder / "zipped_code.pt")
+    yield folder / "zipped_code.pt", name, "cannot be read as weights"
+    torch.save({"model": {"a": torch.zeros(1)}}, folder / "nested.pt")
+    yield folder / "nested.pt", name, "flat dict"
+    torch.save({"a": torch.zeros(1)}, folder / "bare.pt")
+    yield folder / "bare.pt", None, "--model"
+    yield folder / "bare.pt", "eupe_vitt17", "did you mean"
+    yield folder / "bare.pt", name, "missing"
+    (folder / "weights.bin").write_bytes(b"0")
+    yield folder / "weights.bin", name, "expected a checkpoint folder"
+    (folder / "cut.safetensors").write_bytes(safetensors_numpy.save(good)[:1000])
+    yield folder / "cut.safetensors", name, "cannot be read as weights"
+    yield _safetensors(folder / "text.safetensors", good, "{"), None, "metadata"
+    yield _safetensors(folder / "partial.safetensors", good, {"format": weights.FORMAT}), None, "model"
+    yield _safetensors(folder / "side.safetensors", good, header | {"resolution": "big"}), None, "resolution"
+    yield _safetensors(folder / "std.safetensors", good, header | {"std": [1, 0, 1]}), None, "std"
+    yield _safetensors(folder / "depth.safetensors", good, header | {"overrides": {"deep": 1}}), None, "deep"
+    yield _safetensors(folder / "other.safetensors", good, header), "eupe_vitb16", "not 'eupe_vitb16'"
+    key = next(k for k in good if k.endswith("weight"))
+    changed = good | {key: good[key] + np.float32(1e-3)}
+    yield _safetensors(folder / "changed.safetensors", changed, header), None, "was changed"
+    shape = good | {key: np.zeros((2, 2), np.float32)}
+    sealed = header | {"weights_sha256": weights.digest(shape)}
+    yield _safetensors(folder / "shape.safetensors", shape, sealed), None, key
+    holes = good | {key: np.full_like(good[key], np.nan)}
+    yield _safetensors(folder / "nan.safetensors", holes, header), None, "finite"
+
+
+def test_bad_weights_give_one_line_and_write_nothing(vit, tmp_path, photographs, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir(), out.mkdir()
+    for path, model, words in _bad_files(vit, inputs):
+        arguments = ["--checkpoint", str(path), "--out", str(out / "x.pt"), "--images", str(photographs)]
+        assert to_torch.main(arguments + (["--model", model] if model else [])) == 1, path
+        printed = capsys.readouterr()
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+        assert words in printed.err and not printed.out, (path, printed.err)
+        assert not list(out.iterdir())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bad_outputs_and_images_give_one_line(vit, tmp_path, photographs, capsys):
+    source = tmp_path / "student.safetensors"
+    to_torch.convert(vit, source, photographs)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no image")
+    before = sorted(tmp_path.rglob("*"))
+    for out, images, words in [
+        (tmp_path / "file" / "x.pt", photographs, "file"),
+        (tmp_path / "folder.pt", photographs, "folder"),
+        (tmp_path / "x.onnx", photographs, ".safetensors or .pt"),
+        (tmp_path / "x.pt", tmp_path / "nowhere", "no such folder"),
+        (tmp_path / "x.pt", tmp_path / "empty", "no .jpg"),
+        (tmp_path / "x.pt", tmp_path / "broken", "a.png"),
+    ]:
+        assert to_torch.main(["--checkpoint", str(source), "--out", str(out), "--images", str(images)]) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    old = tmp_path / "x.pt"
+    old.write_bytes(b"old")
+    with pytest.raises(OSError):
+        weights.write_files({old: b"new", tmp_path / "no" / "such" / "folder": b""})
+    assert old.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_the_packaged_photographs_serve_by_default():
+    pytest.importorskip("skimage")
+    images = gates.load_images(None, 48, 64)
+    assert images.shape == (4, 48, 64, 3) and images.dtype == np.uint8 and images.std() > 20
