@@ -199,9 +199,18 @@ def _eupe(size: str) -> EncoderSpec:
     return _spec(f"eupe_convnext_{size}", size, licence=licence, hub_repo=f"facebook/{repo}", hub_file=f"{repo}.pt")
 
 
+def _dinov3(size: str, sha: str) -> EncoderSpec:
+    name = f"dinov3_convnext_{size}"
+    repo, file = f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m", f"{name}_pretrain_lvd1689m-{sha}.pth"
+    return _spec(name, size, licence="DINOv3 License", hub_repo=repo, hub_file=file)
+
+
 SPECS = (
     *(_eupe(size) for size in ("tiny", "small", "base")),
-    *(_spec(f"dinov3_convnext_{size}", size, licence="DINOv3 License") for size in _SIZES),
+    _dinov3("tiny", "21b726bb"),
+    _dinov3("small", "296db49d"),
+    _dinov3("base", "801f2ba9"),
+    _dinov3("large", "61fa432d"),
 )
 
 FAMILY = Family(

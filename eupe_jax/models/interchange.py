@@ -81,7 +81,7 @@ def family_import(model: str, family: Family, module: Any, state_dict: Mapping[s
         flat[tuple(row.path.split("/"))] = np.stack(arrays) if _stacked(row) else np.asarray(arrays[0], order="C")
 
     fixed = family.constants(module)
-    fixed.update({name: tensors[source] for name, source in family.aliases.items() if source in tensors})
+    fixed.update({name: tensors.get(source, tensors.get(name)) for name, source in family.aliases.items()})
     for name, expected in fixed.items():
         before = len(problems)
         if not np.array_equal(take(name, np.shape(expected)), expected) and len(problems) == before:
