@@ -137,10 +137,10 @@ def lvd_like_mixture() -> ConfigDict:
     )
 
 
-_TINY = {
+TINY = {
     "vit": {"embed_dim": 32, "depth": 2, "num_heads": 2},
     "convnext": {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)},
-    "perception_encoder": {"width": 32, "layers": 2, "heads": 2, "mlp_dim": 64},
+    "perception_encoder": {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64, "pool_heads": 2},
 }
 
 
@@ -163,7 +163,7 @@ def _shrink(config: ConfigDict) -> None:
     config.student_resolutions = tuple(sides[s] for s in config.student_resolutions)
     for entry in (*config.students.values(), *config.teachers.values()):
         family = zoo.spec(entry.model).family
-        entry.overrides = ConfigDict(_TINY[family])
+        entry.overrides = ConfigDict(TINY[family])
         entry.dtype = "float32"
     for entry in config.teachers.values():
         patch = zoo.spec(entry.model).patch_size

@@ -152,7 +152,7 @@ def make_step(
                 "optimizer": optimizer,
             }
             metrics[f"{name}/loss"] = value
-            metrics[f"{name}/grad_norm"] = optax.global_norm(gradients)
+            metrics[f"{name}/grad_norm"] = optax.tree.norm(gradients)
             metrics |= {f"{name}/{part}": v for part, v in parts.items()}
         return {"step": state["step"] + 1, "students": new_students}, metrics
 

@@ -17,7 +17,7 @@ def extract(
     for start in range(0, len(images_NxHxWx3), batch_size):
         batch = images_NxHxWx3[start : start + batch_size]
         count = len(batch)
-        batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)]) if count < batch_size else batch
+        batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
         for kind, value in encode(batch).items():
             if kind in ("cls", "patches"):
                 parts.setdefault(kind, []).append(np.asarray(value[:count], np.float32))

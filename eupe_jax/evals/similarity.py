@@ -81,4 +81,5 @@ def position_map(target: Tokens) -> dict[str, np.ndarray]:
 
     The result keeps a batch axis of one. Class tokens have one position, so theirs is the plain mean.
     """
-    return {kind: np.mean(np.asarray(x, np.float64), axis=0, keepdims=True).astype(np.float32) for kind, x in target.items()}
+    mean = lambda x: np.mean(x, axis=0, keepdims=True, dtype=np.float64).astype(np.float32)  # noqa: E731
+    return {kind: mean(x) for kind, x in target.items()}

@@ -65,6 +65,9 @@ def train(
     manifest = assemble.manifest(config, teachers, statistics)
     start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
 
+    # ---- what it sees
+    batches = pipeline.batches(config, teachers.hosts, mesh, start_step=start)
+
     # ---- the step, once for every combination of resolutions
     state_shardings = shardings(state, mesh)
     steps = {
@@ -81,10 +84,14 @@ def train(
         record_config(workdir, config)
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
-    batches = pipeline.batches(config, teachers.hosts, mesh, start_step=start)
     running = RunningMetrics()
     writer = MetricWriter(workdir, resume_step=start, enabled=main_process)
     bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not main_process, desc=workdir.name)
+
+    def log(step: int, scalars: dict[str, float]) -> None:
+        writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
+        bar.set_postfix({k.removesuffix("/loss"): v for k, v in scalars.items() if k.endswith("/loss")})
+
     try:
         for step in range(start, end):
             chosen = resolutions.choose(
@@ -92,18 +99,16 @@ def train(
             )
             state, metrics = steps[chosen](state, next(batches), teachers.variables, statistics_arrays)
             running.add(metrics)
+            if step > start and step % config.log_every == 0:
+                log(step, running.pop())
             done = step + 1
             bar.update()
-            if done % config.log_every == 0 or done == end:
-                scalars = running.pop(final=done == end)
-                if scalars:
-                    writer.write(done, scalars | {"learning_rate": float(schedule(step))})
-                    losses = {k.removesuffix("/loss"): v for k, v in scalars.items() if k.endswith("/loss")}
-                    bar.set_postfix(losses)
             for each in evals:
                 if done % each.every == 0 or done == config.total_steps:
                     writer.write(done, {f"{each.name}/{k}": v for k, v in each.run(state).items()})
             saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end)
+        if start < end:
+            log(end, running.pop(final=True))
     finally:
         bar.close()
         batches.close()

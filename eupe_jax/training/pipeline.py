@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from eupe_jax.data import sources as source_kinds
@@ -92,13 +92,22 @@ def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -
 
 def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> Iterator[dict]:
     """Global batches on the mesh from `start_step` on: {"image": uint8 [B, S, S, 3], "index": [B]}; with host
-    teachers also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done."""
+    teachers also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done.
+
+    Raises:
+      ValueError, OSError: at once, when the sources cannot be opened.
+    """
     loader = make_loader(config, process_index=jax.process_index(), process_count=jax.process_count())
     local = loader.batches(start_step)
     if hosts:
-        run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed, loader.first_position)
-        local = with_host_teachers(local, hosts, run_augment, start_step=start_step)
-    sharding = batch_sharding(mesh)
+        run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed)
+        local = with_host_teachers(
+            local, hosts, run_augment, start_step=start_step, first_position=loader.first_position
+        )
+    return _on_mesh(local, batch_sharding(mesh))
+
+
+def _on_mesh(local: Iterator[dict], sharding: NamedSharding) -> Iterator[dict]:
     try:
         for batch in local:
             yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
@@ -114,7 +123,7 @@ def device_augment(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> Call
     settings = AugmentConfig.from_dict(config.augment)
 
     def run(step: jax.Array, images_BxSxSx3: jax.Array) -> jax.Array:
-        keys = sample_keys(config.seed, step, jnp.arange(images_BxSxSx3.shape[0]))
+        keys = sample_keys(jax.random.key(config.seed), step, jnp.arange(images_BxSxSx3.shape[0]))
         return augment(keys, images_BxSxSx3, settings)
 
     return run

@@ -1,0 +1,177 @@
+"""Whole runs: stop and resume, several students, other meshes, starting points, refusals."""
+
+import jax
+import numpy as np
+import pytest
+
+import eupe_jax
+from eupe_jax.distill.normalization import StatisticsMismatch
+from eupe_jax.training import checkpoints
+from eupe_jax.training.loop import Eval, train
+from eupe_jax.training.measure import measure_statistics
+from eupe_jax.training.metrics import read_metrics
+from tests.training.conftest import tiny_config
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same(a, b, tolerance=0.0):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_statistics, tmp_path_factory):
+    config = tiny_config(steps=4)
+    config.statistics = tiny_statistics
+    workdir = tmp_path_factory.mktemp("whole")
+    return config, workdir, jax.device_get(train(config, workdir))
+
+
+def test_stopped_and_resumed_equals_never_stopped(whole_run, tmp_path):
+    config, workdir, state = whole_run
+    train(config, tmp_path, stop_at=1)
+    train(config, tmp_path, stop_at=3)
+    resumed = train(config, tmp_path)
+    assert_same(resumed, state)
+    whole, parts = (read_metrics(w / "metrics.jsonl") for w in (workdir, tmp_path))
+    assert [line["step"] for line in parts] == [1, 2, 3, 4]
+    assert whole == parts
+
+
+def test_training_moves_towards_the_teachers(whole_run):
+    _, workdir, _ = whole_run
+    losses = [line["vit/loss"] for line in read_metrics(workdir / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_crash_loses_only_what_was_not_saved(whole_run, tmp_path):
+    config, _, state = whole_run
+
+    def crash(_):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path, evals=[Eval("crash", 3, crash)])
+    assert checkpoints.step_directory(tmp_path).name == "2"
+    assert_same(train(config, tmp_path), state)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_another_mesh_gives_the_same_run(whole_run, tmp_path):
+    config, _, state = whole_run
+    config = config.copy_and_resolve_references()
+    train(config, tmp_path, stop_at=2)
+    config.mesh.fsdp = 4
+    resumed = train(config, tmp_path)
+    assert_same(resumed, state, tolerance=2e-5)
+
+
+def test_load_encoder(whole_run):
+    config, workdir, state = whole_run
+    encoder = eupe_jax.load_encoder(workdir)
+    assert (encoder.name, encoder.resolution, encoder.student) == ("eupe_vitt16", 32, "vit")
+    assert_same(encoder.variables["params"], state["students"]["vit"]["params"]["backbone"])
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), dtype=np.uint8)
+    tokens = encoder(images)
+    assert {k: v.shape for k, v in tokens.items()} == {"cls": (2, 32), "storage": (2, 4, 32), "patches": (2, 2, 2, 32)}
+    np.testing.assert_allclose(encoder(images / 255.0)["cls"], tokens["cls"], atol=1e-5)
+    with pytest.raises(ValueError, match="name one"):
+        eupe_jax.load_encoder(workdir, student="vitb")
+    with pytest.raises(FileNotFoundError, match="no such path"):
+        eupe_jax.load_encoder(workdir / "nowhere")
+
+
+def test_family_trains_like_its_members_alone(tiny_statistics, tmp_path):
+    runs = {}
+    for students in (("vit",), ("convnext",), ("vit", "convnext")):
+        config = tiny_config(steps=2, students=students)
+        config.statistics = tiny_statistics
+        runs[students] = train(config, tmp_path / "_".join(students))["students"]
+    for name in ("vit", "convnext"):
+        assert_same(runs[("vit", "convnext")][name], runs[(name,)][name], tolerance=1e-5)
+    assert eupe_jax.load_encoder(tmp_path / "vit_convnext", "convnext").name == "eupe_convnext_tiny"
+
+
+def test_next_stage_starts_from_this_one(whole_run, tmp_path):
+    config, workdir, state = whole_run
+    following = config.copy_and_resolve_references()
+    following.students.vit.init_from = str(workdir)
+    following.statistics, following.statistics_from = "", str(workdir)
+    following.student_resolutions = (32, 48)
+    following.optimizer.learning_rate = 0.0
+    moved = train(following, tmp_path / "next", stop_at=1)
+    assert_same(moved["students"]["vit"]["params"], state["students"]["vit"]["params"])
+    following.adapter.hidden_dim = 24
+    with pytest.raises(ValueError, match="init_adapters=False"):
+        train(following, tmp_path / "other")
+
+
+def test_proxy_as_teacher_brings_its_chain(whole_run, tmp_path):
+    config, workdir, state = whole_run
+    config = tiny_config(steps=1)
+    del config.teachers["a"], config.teachers["b"]
+    from configs import common
+
+    config.teachers.proxy = common.encoder_teacher("eupe_vitt16", (32,), checkpoint=str(workdir))
+    config.teachers.proxy.dtype = "float32"
+    measure_statistics(config, tmp_path / "statistics")
+    config.statistics = str(tmp_path / "statistics")
+    train(config, tmp_path / "student")
+    chain = checkpoints.restore_item(checkpoints.step_directory(tmp_path / "student"), "chain")
+    assert_same(chain["proxy"]["adapters"], state["students"]["vit"]["params"]["adapters"])
+    assert set(chain["proxy"]["statistics"]) == {"a", "b"}
+    items = {p.name for p in checkpoints.step_directory(tmp_path / "student").iterdir()}
+    assert not any("proxy" in item for item in items), "a teacher's backbone must not be in a checkpoint"
+
+
+def test_statistics_of_another_teacher_are_refused(whole_run, tmp_path):
+    config, _, _ = whole_run
+    other = config.copy_and_resolve_references()
+    other.teachers.a.overrides.layerscale_init = 0.25
+    with pytest.raises(StatisticsMismatch, match="'a'.*another teacher"):
+        train(other, tmp_path)
+    other = config.copy_and_resolve_references()
+    other.teachers.a.resolutions = (64,)
+    with pytest.raises(StatisticsMismatch, match="resolution.*statistics_from"):
+        train(other, tmp_path)
+    other.statistics, other.statistics_from = "", config.statistics
+    train(other, tmp_path, stop_at=1)
+
+
+def test_another_config_in_the_same_workdir_is_refused(whole_run):
+    config, workdir, _ = whole_run
+    other = config.copy_and_resolve_references()
+    other.optimizer.weight_decay = 0.5
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay=0.0001 \(now 0.5\)"):
+        train(other, workdir)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("total_steps", 0, "total_steps must be at least 1"),
+        ("student_resolutions", (), "student_resolutions"),
+        ("statistics", "", "exactly one"),
+        ("statistics", "nowhere", "no statistics at"),
+        ("optimizer.lr_scaling", "cube", "lr_scaling"),
+        ("optimizer.warmup_steps", 99, "warmup_steps"),
+        ("teachers.a.checkpoint", "", "teachers.a.checkpoint is empty"),
+        ("teachers.a.checkpoint", "/nowhere", "no checkpoint at /nowhere"),
+        ("teachers.a.class_token", "sum", "teachers.a.class_token"),
+        ("students.vit.model", "eupe_vitt61", "did you mean"),
+        ("mesh.fsdp", 3, "does not divide"),
+    ],
+)
+def test_bad_fields_are_named(tiny_statistics, tmp_path, field, value, message):
+    config = tiny_config()
+    config.statistics = tiny_statistics
+    with config.ignore_type():
+        config.update_from_flattened_dict({field: value})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config, tmp_path)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "metrics.jsonl").exists()
