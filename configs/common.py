@@ -64,6 +64,7 @@ def base() -> ConfigDict:
     config.data.crop_scale = (0.32, 1.0)  # ours: DINOv3's global crop; the paper only names RandomResizedCrop
     config.data.crop_ratio = (0.75, 4 / 3)
     config.data.max_broken_fraction = 0.001
+    config.data.feature_cache = ""  # folder made by launch/cache_features.py: host teachers are read, not run
     config.data.threads = 16  # decoding threads a host (or a worker)
     config.data.workers = 0  # decoding processes a host; 0 decodes in the training process
 

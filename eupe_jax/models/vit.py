@@ -35,7 +35,7 @@ class Block(nn.Module):
     qkv_bias: bool
     mask_k_bias: bool
     proj_bias: bool
-    layerscale_init: float
+    layerscale_init: float | None
     norm_eps: float
     dtype: Any
     attention_fn: AttentionFn | None
@@ -48,10 +48,14 @@ class Block(nn.Module):
             self.num_heads, self.qkv_bias, self.mask_k_bias, self.proj_bias, self.dtype, self.attention_fn, name="attn"
         )
         mlp = feed_forward(self.ffn_layer, dim, self.ffn_ratio, self.ffn_bias, self.dtype, name="mlp")
+
+        def scaled(branch, name):
+            return branch if self.layerscale_init is None else Scale(self.layerscale_init, name=name)(branch)
+
         y = attn(LayerNorm(self.norm_eps, self.dtype, name="norm1")(x), sin, cos)
-        x = (x + Scale(self.layerscale_init, name="ls1")(y)).astype(stream)
+        x = (x + scaled(y, "ls1")).astype(stream)
         y = mlp(LayerNorm(self.norm_eps, self.dtype, name="norm2")(x))
-        x = (x + Scale(self.layerscale_init, name="ls2")(y)).astype(stream)
+        x = (x + scaled(y, "ls2")).astype(stream)
         return x, x if self.collect else None
 
 
@@ -60,6 +64,7 @@ class VisionTransformer(nn.Module):
 
     Attributes:
       ffn_layer, ffn_ratio: "mlp" or "swiglu[alignment]", see `layers.ffn_hidden`.
+      layerscale_init: initial LayerScale factor, None for blocks without LayerScale.
       mask_k_bias: keep the key third of the qkv bias out of the computation (it stays in the parameters).
       untie_cls_and_patch_norms: class and storage tokens get a final norm of their own (`cls_norm`).
       untie_global_and_local_cls_norm: holds the parameters of `local_cls_norm`, which encoding never uses.
@@ -81,7 +86,7 @@ class VisionTransformer(nn.Module):
     qkv_bias: bool = True
     mask_k_bias: bool = True
     proj_bias: bool = True
-    layerscale_init: float = 1e-5
+    layerscale_init: float | None = 1e-5
     norm_eps: float = 1e-5
     untie_cls_and_patch_norms: bool = False
     untie_global_and_local_cls_norm: bool = False
@@ -135,13 +140,15 @@ class VisionTransformer(nn.Module):
 
         token_init = nn.initializers.normal(0.02)
         cls_token = self.param("cls_token", token_init, (1, 1, dim))
-        storage = self.param("storage_tokens", token_init, (1, self.num_storage_tokens, dim))
+        prefix = [cls_token]
+        if self.num_storage_tokens:
+            prefix.append(self.param("storage_tokens", token_init, (1, self.num_storage_tokens, dim)))
         mask_token = self.param("mask_token", nn.initializers.zeros, (1, dim))
         if masks is not None:
             if masks.shape != (batch, h * w):
                 raise ValueError(f"masks must be [batch, patches] = {(batch, h * w)}, got {masks.shape}")
             x = jnp.where(masks[..., None], mask_token.astype(x.dtype), x)
-        prefix = jnp.concatenate([cls_token, storage], axis=1).astype(x.dtype)
+        prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(prefix, (batch, *prefix.shape[1:])), x], axis=1)
 
         blocks = stack_blocks(Block, self.depth, remat=self.remat, unroll=self.scan_unroll, broadcast_args=2)(

@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from eupe_jax.data import sources as source_kinds
 from eupe_jax.data.augment import AugmentConfig, augment, host_augment, sample_keys
+from eupe_jax.data.feature_cache import FeatureCache, build_feature_cache
 from eupe_jax.data.host import HostConfig
 from eupe_jax.data.loader import Loader
 from eupe_jax.data.teacher_stage import with_host_teachers
 from eupe_jax.distill import resolutions
-from eupe_jax.distill.host_teachers import HostTeacher
+from eupe_jax.distill.host_teachers import HostTeacher, load_host_teacher
 from eupe_jax.distill.step import Loss, Student
 from eupe_jax.distill.step import make_step as make_distillation_step
 from eupe_jax.sharding.mesh import batch_sharding
@@ -76,10 +77,7 @@ def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -
     data = config.data
     return Loader(
         {name: make_source(name, entry) for name, entry in data.sources.items()},
-        HostConfig(
-            size=data.image_size, mode=data.mode, scale=tuple(data.crop_scale), ratio=tuple(data.crop_ratio),
-            max_broken_fraction=data.max_broken_fraction,
-        ),
+        _host_config(data),
         batch_size=config.batch_size,
         seed=config.seed,
         weights={name: entry.weight for name, entry in data.sources.items()},
@@ -87,7 +85,57 @@ def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -
         process_count=process_count,
         threads=data.threads,
         workers=data.workers,
-    )  # fmt: skip
+    )
+
+
+def _host_config(data: ConfigDict) -> HostConfig:
+    return HostConfig(
+        size=data.image_size,
+        mode=data.mode,
+        scale=tuple(data.crop_scale),
+        ratio=tuple(data.crop_ratio),
+        max_broken_fraction=data.max_broken_fraction,
+    )
+
+
+def cache_features(config: ConfigDict, folder: str, views: int) -> FeatureCache:
+    """Runs the host teachers once over `views` augmented views of every image; resumes where it was stopped.
+
+    A run whose `data.feature_cache` names the folder then trains without them.
+
+    Raises:
+      ValueError: no host teacher, several sources, or `folder` holds a cache of something else.
+    """
+    hosts = {
+        name: load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])
+        for name, entry in config.teachers.items()
+        if entry.kind == "host"
+    }
+    if not hosts or len(config.data.sources) != 1:
+        raise ValueError("a feature cache takes a config with host teachers and exactly one data source")
+    ((name, entry),) = config.data.sources.items()
+    settings = AugmentConfig.from_dict(config.augment)
+    return build_feature_cache(
+        folder,
+        make_source(name, entry),
+        _host_config(config.data),
+        hosts,
+        host_augment(settings, config.seed),
+        seed=config.seed,
+        views=views,
+        augment_facts=config.augment.to_dict(),
+    )
+
+
+def _cached(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> FeatureCache:
+    cache = FeatureCache(config.data.feature_cache)
+    for name, host in hosts.items():
+        if name not in cache.teachers:
+            raise ValueError(f"{config.data.feature_cache} holds no features of teacher {name!r}")
+        mine, wanted = cache.teachers[name], host.spec
+        if (mine.fingerprint, mine.resolution) != (wanted.fingerprint, wanted.resolution):
+            raise ValueError(f"{config.data.feature_cache} holds features of another {name!r}: build the cache again")
+    return cache
 
 
 def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> Iterator[dict]:
@@ -97,7 +145,12 @@ def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *,
     Raises:
       ValueError, OSError: at once, when the sources cannot be opened.
     """
-    loader = make_loader(config, process_index=jax.process_index(), process_count=jax.process_count())
+    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    if config.data.feature_cache:
+        cache = _cached(config, hosts)
+        local = cache.batches(start_step, batch_size=config.batch_size, seed=config.seed, **here)
+        return _on_mesh(local, batch_sharding(mesh))
+    loader = make_loader(config, **here)
     local = loader.batches(start_step)
     if hosts:
         run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed)
