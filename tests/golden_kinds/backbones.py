@@ -39,7 +39,13 @@ VIT_ARGUMENTS = {
     "pos_embed_rope_rescale_coords": "rope_rescale",
 }
 # what the reference constructor assumes where a fixture does not say
-VIT_DEFAULTS = {"n_storage_tokens": 0, "mask_k_bias": False, "norm_layer": "layernorm", "qkv_bias": True}
+VIT_DEFAULTS = {
+    "n_storage_tokens": 0,
+    "layerscale_init": None,
+    "mask_k_bias": False,
+    "norm_layer": "layernorm",
+    "qkv_bias": True,
+}
 VIT_FIXED = {"img_size": None, "in_chans": 3, "drop_path_rate": 0.0, "pos_embed_rope_dtype": "fp32"}
 CONVNEXT_ARGUMENTS = {"depths": "depths", "dims": "dims", "layer_scale_init_value": "layerscale_init"}
 CONVNEXT_FIXED = {"in_chans": 3, "drop_path_rate": 0.0, "patch_size": None}

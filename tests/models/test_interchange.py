@@ -15,6 +15,7 @@ CASES = {
     "vit": ("eupe_vitt16", VIT),
     "vit_7b": ("dinov3_vit7b16", {**VIT, "ffn_ratio": 3.0}),
     "vit_untied": ("dinov3_vits16plus", {**VIT, "untie_cls_and_patch_norms": True}),
+    "vit_bare": ("eupe_vitt16", {**VIT, "num_storage_tokens": 0, "layerscale_init": None}),
     "convnext": ("eupe_convnext_tiny", {"depths": (1, 2, 1, 1), "dims": (4, 6, 8, 10)}),
 }
 
@@ -31,6 +32,11 @@ def random_state_dict(case, seed=0):
     weights.update(family.constants(family.module(**spec.kwargs)))
     weights.update({alias: weights[source] for alias, source in family.aliases.items()})
     return weights
+
+
+def test_parts_a_model_lacks_have_no_tensors():
+    names = interchange.state_dict_shapes("eupe_vitt16", **CASES["vit_bare"][1])
+    assert not [n for n in names if "storage" in n or "gamma" in n] and "blocks.1.norm2.bias" in names
 
 
 @pytest.mark.parametrize("case", CASES)
