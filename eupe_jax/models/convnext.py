@@ -1,6 +1,6 @@
 """ConvNeXt as EUPE and DINOv3 use it (official behaviour). Its class token is the normed average of the last map.
 
-The blocks of each of the four stages are scanned: their parameters have a leading axis of the stage's depth.
+The blocks of each stage are scanned: their parameters have a leading axis of the stage's depth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,31 +10,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eupe_jax.models.depthwise import DepthwiseConv
 from eupe_jax.models.layers import LayerNorm, dense_init, stack_blocks
 from eupe_jax.models.spec import EncoderSpec, Family, Tensor
 
 NORM_EPS = 1e-6
-STRIDE = 32
+
+
+def output_stride(dims: Sequence[int]) -> int:
+    """Pixels a token: 4 after the stem, doubled by every further stage (32 for the four of the published models)."""
+    return 4 * 2 ** (len(dims) - 1)
 
 
 class Block(nn.Module):
     """x + gamma * mlp(norm(7x7 depthwise convolution(x))). One step of the scan."""
 
     layerscale_init: float
+    depthwise: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         dim = x.shape[-1]
-        y = nn.Conv(
-            dim,
-            (7, 7),
-            padding=[(3, 3), (3, 3)],
-            feature_group_count=dim,
-            dtype=self.dtype,
-            kernel_init=dense_init,
-            name="dwconv",
-        )(x.astype(self.dtype))
+        y = DepthwiseConv(self.depthwise, self.dtype, dense_init, name="dwconv")(x)
         y = LayerNorm(NORM_EPS, self.dtype, name="norm")(y)
         y = nn.Dense(4 * dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv1")(y)
         y = jax.nn.gelu(y, approximate=False)
@@ -63,17 +61,19 @@ class Downsample(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt encoder of stride 32.
+    """ConvNeXt encoder; stride 32 with the four stages of the published models.
 
     Attributes:
-      depths, dims: blocks and width of each of the four stages.
+      depths, dims: blocks and width of each stage.
       layerscale_init: initial value of every block's `gamma`.
+      depthwise: "conv", or "matmul", which is many times faster on CPUs (see depthwise.py).
       dtype, residual_dtype, remat, scan_unroll: as for `vit.VisionTransformer`.
     """
 
     depths: Sequence[int] = (3, 3, 9, 3)
     dims: Sequence[int] = (96, 192, 384, 768)
     layerscale_init: float = 1e-6
+    depthwise: str = "conv"
     dtype: Any = jnp.float32
     residual_dtype: Any = jnp.float32
     remat: str = "none"
@@ -91,9 +91,9 @@ class ConvNeXt(nn.Module):
         """Final tokens and the maps of chosen stages.
 
         Args:
-          images: float [B, H, W, 3], pixel-normalised; at least 32 pixels a side, rests are cut off.
+          images: float [B, H, W, 3], pixel-normalised; at least the stride a side, rests are cut off.
           train: accepted for the common interface; nothing here depends on it.
-          layers: stages whose map is wanted, 0..3 or negative.
+          layers: stages whose map is wanted, negative ones counted from the end.
           patch_size: resize the maps of `layers` to [H // patch_size, W // patch_size], antialiased bilinear.
 
         Returns:
@@ -102,22 +102,22 @@ class ConvNeXt(nn.Module):
             with and without the final norm, which only the last stage has.
 
         Raises:
-          ValueError: image smaller than 32 pixels, not four stages, or `layers` out of range.
+          ValueError: image smaller than the stride, depths and dims of different lengths, or `layers` out of range.
         """
-        n_stages = len(self.dims)
-        if n_stages != 4 or len(self.depths) != 4:
-            raise ValueError(f"ConvNeXt has four stages, got depths {self.depths} and dims {self.dims}")
+        n_stages, stride = len(self.dims), output_stride(self.dims)
+        if not n_stages or len(self.depths) != n_stages:
+            raise ValueError(f"ConvNeXt takes one depth a stage, got depths {self.depths} and dims {self.dims}")
         if any(not -n_stages <= i < n_stages for i in layers):
             raise ValueError(f"layers {tuple(layers)} out of range for a model of {n_stages} stages")
         batch, height, width, _ = images.shape
-        if min(height, width) < STRIDE:
-            raise ValueError(f"image of {height}x{width} pixels is smaller than the stride of {STRIDE}")
+        if min(height, width) < stride:
+            raise ValueError(f"image of {height}x{width} pixels is smaller than the stride of {stride}")
 
         x, maps = images, []
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
             x = Downsample(dim, 2 if s else 4, bool(s), self.dtype, name=f"downsample_{s}")(x)
             stage = stack_blocks(Block, depth, remat=self.remat, unroll=self.scan_unroll)
-            x, _ = stage(self.layerscale_init, self.dtype, name=f"stages_{s}")(x.astype(self.residual_dtype))
+            x, _ = stage(self.layerscale_init, self.depthwise, self.dtype, name=f"stages_{s}")(x.astype(self.residual_dtype))
             maps.append(x)
         norm = LayerNorm(NORM_EPS, name="norm")
 
@@ -141,14 +141,14 @@ class ConvNeXt(nn.Module):
         }
 
     def __call__(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        """[B, H, W, 3] -> {"cls": [B, C], "storage": [B, 0, C], "patches": [B, H // 32, W // 32, C]}, float32."""
+        """[B, H, W, 3] -> {"cls": [B, C], "storage": [B, 0, C], "patches": [B, h, w, C]}, float32."""
         out = self.features(images, train=train)
         return {name: out[name] for name in ("cls", "storage", "patches")}
 
 
 def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    width = ConvNeXt(**kwargs).dims[-1]
-    return {"cls_dim": width, "patch_dim": width, "patch_size": STRIDE, "num_storage_tokens": 0}
+    dims = ConvNeXt(**kwargs).dims
+    return {"cls_dim": dims[-1], "patch_dim": dims[-1], "patch_size": output_stride(dims), "num_storage_tokens": 0}
 
 
 def _affine(path: str, name: str, leaf: str, layout: str) -> tuple[Tensor, Tensor]:
