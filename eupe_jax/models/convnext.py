@@ -117,7 +117,8 @@ class ConvNeXt(nn.Module):
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
             x = Downsample(dim, 2 if s else 4, bool(s), self.dtype, name=f"downsample_{s}")(x)
             stage = stack_blocks(Block, depth, remat=self.remat, unroll=self.scan_unroll)
-            x, _ = stage(self.layerscale_init, self.depthwise, self.dtype, name=f"stages_{s}")(x.astype(self.residual_dtype))
+            stage = stage(self.layerscale_init, self.depthwise, self.dtype, name=f"stages_{s}")
+            x, _ = stage(x.astype(self.residual_dtype))
             maps.append(x)
         norm = LayerNorm(NORM_EPS, name="norm")
 
