@@ -40,7 +40,7 @@ def _draw(draw: Callable[[Figure, Mapping], None], size: tuple[float, float]) ->
 def bars(
     groups: Mapping[str, Mapping[str, float]], labels: Mapping[str, str], controls: Sequence[str]
 ) -> dict[str, str]:
-    """Horizontal bars of {group: {row: value}}, one panel a group; a dashed line marks each group's best control."""
+    """Horizontal bars of {group: {row: value}}, one panel a group; the best control is drawn across the models."""
     rows = sum(len(group) for group in groups.values())
     every = [v for group in groups.values() for v in group.values() if math.isfinite(v)] or [0.0]
     low, high = min(0.0, *every), max(0.1, *every)
@@ -58,9 +58,14 @@ def bars(
                 colour = colours["best"] if row == best else colours.get(row, colours["control"])
                 ax.barh(y, value, color=colour, height=0.72)
                 end = max(value, 0.0)
+                if best and row not in controls and 0 <= finite[best] - end < 0.16 * (high - low):
+                    end = finite[best]  # beside the dashed line, not under it
                 ax.text(end + 0.012 * (high - low), y, f"{value:.3f}", va="center", fontsize=8)
             if best:
-                ax.axvline(finite[best], color=colours["best"], linestyle=(0, (3, 2)), linewidth=1)
+                models = sum(row not in controls for row in group)  # the line crosses these bars, not other labels
+                ax.vlines(
+                    finite[best], -0.5, models - 0.5, colors=colours["best"], linestyles=(0, (3, 2)), linewidth=1.2
+                )
             ax.axvline(0, color=colours["text"], linewidth=0.6)
             names = [labels[row] + (" (best control)" if row == best else "") for row in group]
             ax.set_yticks(range(len(group)), names)
@@ -69,10 +74,10 @@ def bars(
             ax.spines["left"].set_visible(False)
             ax.grid(axis="x", linewidth=0.6)
             ax.set_title(title, fontsize=9, fontweight="bold", loc="left")
-        axes[-1].set_xlim(low - 0.03 * (high - low), high + 0.16 * (high - low))
+        axes[-1].set_xlim(low - 0.03 * (high - low), high + 0.18 * (high - low))
         axes[-1].set_xlabel("mean cosine with the expert")
 
-    return _draw(draw, (5.2, 0.24 * rows + 0.36 * len(groups) + 0.45))
+    return _draw(draw, (4.6, 0.24 * rows + 0.36 * len(groups) + 0.45))
 
 
 def _curve(lines: Sequence[Mapping], key: str) -> tuple[list, list]:
@@ -108,6 +113,6 @@ def loss_curves(lines: Sequence[Mapping]) -> dict[str, str] | None:
         ax.set_xlabel("step")
         ax.set_ylim(bottom=0)
         ax.grid(linewidth=0.6)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7.5)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
-    return _draw(draw, (5.2, 3.1 + 0.17 * math.ceil(len(totals + parts) / 2)))
+    return _draw(draw, (4.6, 2.9 + 0.17 * math.ceil(len(totals + parts) / 2)))

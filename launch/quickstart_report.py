@@ -21,10 +21,12 @@ from launch.quickstart_verdict import (
     CONTROLS,
     NONE,
     ROWS,
+    best_control,
     cosine,
     duration,
     judge,
     title_of,
+    total,
     verdict,
     what_ran,
 )
@@ -36,13 +38,14 @@ STAGES = {
     "stage1": "Stage 1: experts to proxy",
     "stage2": "Stage 2: proxy to student",
     "stage3": "Stage 3: student at several scales",
-    "control": "Control: student on shuffled targets",
+    "shuffled": "Control: stage 2 on shuffled targets",
 }
 PARITY = {"flax_vs_torch": "Flax and PyTorch", "torch_vs_pte": "PyTorch and the .pte in ExecuTorch"}
 LABELS = {
     "batch_size": "batch", "images_per_second": "images/s", "learning_rate": "learning rate",
     "student_resolutions": "student px", "resolutions": "px", "latency_ms": "latency, ms", "megabytes": "size, MB",
-    "nodes_outside": "nodes outside the delegate", "resolution": "px", "cls_dim": "class width",
+    "share_of_flops": "share of operations in the delegate",
+    "nodes_outside": "nodes outside the delegate", "resolution": "resolution, px", "cls_dim": "class width",
     "patch_dim": "patch width", "what": "what it is", "max_abs": "largest difference", "title": "expert",
 }  # fmt: skip
 
@@ -97,7 +100,7 @@ def pairs_table(entries: Mapping | None) -> Table | None:
     return Table([], [[Cell(_labelled(k)), Cell(show(v))] for k, v in entries.items()]) if entries else None
 
 
-def _score_table(summary: Mapping, rows: Mapping[str, Mapping], columns: Mapping[tuple, str]) -> Table:
+def _score_table(rows: Mapping[str, Mapping], columns: Mapping[tuple, str]) -> Table:
     """Rows of ROWS against columns {path into a row: heading}; the best control of every column is marked."""
 
     def value(row: str, path: Sequence[str]):
@@ -144,8 +147,15 @@ def _agreement(summary: Mapping) -> list[dict]:
                     "title": words.capitalize(),
                     "alt": f"Bar chart of the cosines in the table, {words}, {heldout}",
                 })  # fmt: skip
-        table = _score_table(summary, rows, columns)
-        sections.append({"name": heldout, "note": _heldout_note(summary, heldout), "table": table, "charts": charts})
+        scales = (summary.get("student_by_resolution") or {}).get(heldout, {})
+        at = [[Cell(f"{px} px"), *(Cell(cosine(s.get(e, {}).get(k))) for e, k in columns)] for px, s in scales.items()]
+        sections.append({
+            "name": heldout,
+            "note": _heldout_note(summary, heldout),
+            "table": _score_table(rows, columns),
+            "charts": charts,
+            "scales": Table(["the student at", *columns.values()], at) if at else None,
+        })  # fmt: skip
     return sections
 
 
@@ -153,12 +163,12 @@ def _readout(summary: Mapping) -> list[dict]:
     sections = []
     for heldout, rows in (summary.get("readout") or {}).items():
         experts = list(dict.fromkeys(e for row in rows.values() for e in row))
-        table = _score_table(summary, rows, {(e,): title_of(summary, e) for e in experts})
+        table = _score_table(rows, {(e,): title_of(summary, e) for e in experts})
         said = []
         for e in experts:
             controls = {r: rows[r][e] for r in CONTROLS if e in rows.get(r, {})}
             if controls and e in rows.get("student", {}):
-                best = max(controls, key=controls.get)
+                best = best_control(controls)
                 margin = rows["student"][e] - controls[best]
                 words = {
                     "learned": f"{margin:.3f} above", "slight": f"slightly above ({margin:.3f})",
@@ -186,9 +196,11 @@ def _small(summary: Mapping) -> Table | None:
 
 
 def _seconds(summary: Mapping) -> list[dict]:
-    parts = summary.get("seconds") or {}
+    seconds = summary.get("seconds") or {}
+    parts = {k: v for k, v in seconds.items() if k != "total"}
     longest = max(parts.values(), default=0) or 1
-    return [{"part": k, "text": duration(v), "percent": round(100 * v / longest, 1)} for k, v in parts.items()]
+    bars = [{"part": k, "text": duration(v), "percent": round(100 * v / longest, 1)} for k, v in parts.items()]
+    return [*bars, {"part": "total", "text": duration(total(seconds)), "percent": 0}] if bars else []
 
 
 def _models(summary: Mapping) -> Table | None:
@@ -231,7 +243,7 @@ def write_report(out: Path, summary: dict, curves: Mapping[str, list[dict]], pan
 
     Args:
       summary: what summary.json holds; every part is optional, and its section is left out where it is missing.
-      curves: {"stage1" | "stage2" | "stage3" | "control": lines of metrics.jsonl}.
+      curves: {"stage1" | "stage2" | "stage3" | "shuffled": lines of metrics.jsonl}.
       panels: {column title: [N, S, S, 3] uint8, or floats in [0, 1]}, columns from left to right.
 
     Raises:
@@ -246,11 +258,13 @@ def write_report(out: Path, summary: dict, curves: Mapping[str, list[dict]], pan
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["show"] = show
     html = environment.get_template("report.html.j2").render(
         what_ran=what_ran(summary),
         verdict=verdict(summary),
         clear_margin=CLEAR_MARGIN,
         agreement=_agreement(summary),
+        agreement_resolution=summary.get("agreement_resolution"),
         readout=_readout(summary),
         plots=plots,
         panels=_panel_grid(panels),

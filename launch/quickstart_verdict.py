@@ -26,6 +26,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
+def total(seconds: Mapping[str, float]) -> float:
+    """The entry "total", or else the sum of the parts."""
+    return seconds.get("total", sum(seconds.values()))
+
+
 def listed(words: Iterable[str]) -> str:
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
@@ -35,6 +40,11 @@ def title_of(summary: Mapping, expert: str) -> str:
     return summary.get("experts", {}).get(expert, {}).get("title", expert)
 
 
+def best_control(scores: Mapping[str, float]) -> str:
+    """The control to beat. One that is not a number could have been the best: it wins, and nothing can be said."""
+    return max(scores, key=lambda row: math.inf if math.isnan(scores[row]) else scores[row])
+
+
 def margins_of(agreement: Mapping) -> dict:
     """The student's patch cosine less that of the best control: what summary["margins"] holds."""
     margins = {}
@@ -42,8 +52,7 @@ def margins_of(agreement: Mapping) -> dict:
         for expert, scores in rows.get("student", {}).items():
             controls = {row: rows[row][expert]["patches"] for row in CONTROLS if expert in rows.get(row, {})}
             if controls and "patches" in scores:
-                # A control that is not a number could have been the best one: then nothing can be said.
-                best = max(controls, key=lambda row: math.inf if math.isnan(controls[row]) else controls[row])
+                best = best_control(controls)
                 entry = {"student": scores["patches"], "best_control": best, "best": controls[best]}
                 entry["margin"] = entry["student"] - entry["best"]
                 margins.setdefault(heldout, {})[expert] = entry
@@ -77,7 +86,8 @@ def _comparison(entry: Mapping) -> tuple[str, str]:
 def verdict(summary: Mapping) -> dict:
     """{"tone", "sentence", "details": [{"expert", "heldout", "judged", "text"}], "caveats": [str]} from the margins."""
     agreement = summary.get("agreement") or {}
-    margins = summary.get("margins") or margins_of(agreement)
+    # The scores come first: they show a control that is missing or not a number.
+    margins = margins_of(agreement) or summary.get("margins") or {}
     sets = summary.get("images", {}).get("heldout", {})
     details, values = [], []
     for heldout, experts in margins.items():
@@ -92,15 +102,14 @@ def verdict(summary: Mapping) -> dict:
     elif count["learned"] == n:
         spread = f"{min(values):.3f}" if n == 1 else f"{min(values):.3f} to {max(values):.3f}"
         tone = "learned"
-        sentence = f"On held-out images it learned patch features that it was shown: {spread} of cosine above the best "
-        sentence += "control" + (" in its only comparison." if n == 1 else f" in all {n} comparisons.")
-    elif count["unknown"] == n:
-        tone, sentence = (
-            "unknown",
-            "The scores on held-out images are not numbers, so nothing can be said about learning.",
+        sentence = (
+            f"On held-out images the student has learned patch features that it was shown: {spread} of cosine above "
         )
+        sentence += "the best control" + (" in its only comparison." if n == 1 else f" in all {n} comparisons.")
+    elif count["unknown"] == n:
+        tone, sentence = "unknown", "The held-out scores are not numbers, so nothing can be said about learning."
     elif count["none"] + count["unknown"] == n:
-        tone, sentence = "none", "On held-out images it is not above the best control in any comparison: "
+        tone, sentence = "none", "On held-out images the student is not above the best control in any comparison: "
         sentence += "this run shows no learning that carries over to other images."
     else:
         tone = "slight"
@@ -113,7 +122,7 @@ def verdict(summary: Mapping) -> dict:
         said = listed(text for key, text in parts.items() if count[key])
         if not count["learned"]:
             said = said.replace("above it", "above the best control", 1)
-        sentence = f"On held-out images, of {n} comparison{'s' if n > 1 else ''}, it is {said}."
+        sentence = f"On held-out images, of {n} comparison{'s' if n > 1 else ''}, the student is {said}."
     caveats = [ONE_RUN]
     for heldout, rows in agreement.items():
         if absent := [ROWS[row].lower() for row in CONTROLS if not rows.get(row)]:
@@ -138,14 +147,13 @@ def what_ran(summary: Mapping) -> str:
     if "proxy" in models:
         text += f" into a proxy{size(models['proxy'])}"
     if student := models.get("student"):
-        text += (
-            ", and that" if "proxy" in models else ""
-        ) + f" into {student.get('model', 'the student')}{size(student)}"
+        text += ", and the proxy" if "proxy" in models else ""
+        text += f" into {student.get('model', 'the student')}{size(student)}"
     if stages:
         text += f", in {len(stages)} stage" + "s" * (len(stages) > 1)
     text += "."
     if seconds := summary.get("seconds"):
-        text += f" The whole run took {duration(sum(seconds.values()))}."
+        text += f" The whole run took {duration(total(seconds))}."
     if latency := summary.get("pte", {}).get("latency_ms"):
         text += f" The exported .pte takes {latency:.1f} ms an image in ExecuTorch on this machine."
     return text
