@@ -54,8 +54,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def set_up_logging() -> None:
-    """Our own messages, plainly; of the libraries' only warnings (Orbax alone writes dozens of lines a save)."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """Our own messages, plainly; of the libraries only errors (Orbax writes dozens of lines a save)."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("eupe_jax", "launch", "convert"):

@@ -24,6 +24,7 @@ from eupe_jax.training.metrics import read_metrics
 from eupe_jax.training.pipeline import cache_features
 from launch import cli, quickstart_evaluation, quickstart_images
 from launch.quickstart_report import write_report
+from launch.quickstart_verdict import verdict
 
 IMAGES = flags.DEFINE_string("images", None, "folder of images (tar files in it count); default: see README")
 OUT = flags.DEFINE_string("out", recipes.FOLDER, "folder for everything that is made")
@@ -206,14 +207,16 @@ SMALL = [
     {"what": "student", "here": "ViT-T/16, 5.5M parameters: the real one, from random weights",
      "full": "the same, or ViT-S/B, ConvNeXt-T/S/B"},
     {"what": "images", "here": "at most 2,000, 64 to 128 pixels", "full": "1.7 billion, 256 to 512 pixels"},
-    {"what": "stage 2", "here": "a few hundred steps of 32 images", "full": "390,000 steps of 8,192 images"},
+    {"what": "stage 2", "here": "a few hundred steps of 16 images", "full": "390,000 steps of 8,192 images"},
     {"what": "stage 3", "here": "64, 80, 96 pixels", "full": "256, 384, 512 pixels, 100,000 steps of 4,096 images"},
+    {"what": "RoPE coordinates", "here": "as they are", "full": "randomly rescaled in training"},
     {"what": "LayerScale", "here": "starts at 1", "full": "starts at 1e-5 (ViT) and 1e-6 (ConvNeXt)"},
     {"what": "code", "here": "the same models, losses, step, loop, checkpoints and converters", "full": "the same"},
 ]  # fmt: skip
 
 
 def _print_verdict(summary: dict) -> None:
+    print(f"\n{verdict(summary)['sentence']}")
     for heldout, experts in summary["margins"].items():
         for expert, m in experts.items():
             print(

@@ -16,8 +16,9 @@ from eupe_jax.distill.normalization import Statistics, normalize
 from eupe_jax.evals import features, pca, readout, similarity
 from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder, load_statistics
 from launch.quickstart_images import Corpus
+from launch.quickstart_verdict import margins_of
 
-READOUT_IMAGES = 300
+READOUT_IMAGES = 200
 PANEL_IMAGES, PANEL_RESOLUTION = 6, 192
 WHAT = {
     "efficientnet": {
@@ -39,8 +40,7 @@ def load_student(out: Path) -> LoadedEncoder:
 def evaluate(out: Path, stage1: ConfigDict, corpus: Corpus) -> tuple[dict, dict[str, np.ndarray]]:
     """Everything the summary says of quality, and the columns of the PCA figure.
 
-    Agreement is measured at the resolution of stages 1 and 2 (declared before any result was seen); the student's
-    other resolutions are listed beside it.
+    Everything is measured at the resolution of the exported file; the student's others are listed beside it.
     """
     student, proxy = load_student(out), load_encoder(out / "stage1")
     encoders = {
@@ -64,7 +64,7 @@ def evaluate(out: Path, stage1: ConfigDict, corpus: Corpus) -> tuple[dict, dict[
     position_maps = {name: _position_map(cache, name, statistics[name]) for name in experts}
     fit_images = _fit_images(corpus)
     fit_targets = _targets(experts, statistics, fit_images)
-    side = stage1.student_resolutions[0]
+    side = student.resolution
     fit_tokens = {row: _extract(encoder, fit_images, side) for row, encoder in encoders.items()}
 
     agreement: Rows = {}
@@ -97,7 +97,7 @@ def evaluate(out: Path, stage1: ConfigDict, corpus: Corpus) -> tuple[dict, dict[
         "agreement": agreement,
         "student_by_resolution": by_resolution,
         "readout": readouts,
-        "margins": {heldout: _margins(rows) for heldout, rows in agreement.items()},
+        "margins": margins_of(agreement),
     }
     images = next(iter(corpus.heldout.values()))[0][:PANEL_IMAGES]
     return figures, _panels(images, experts, statistics, encoders)
@@ -145,19 +145,6 @@ def _fit_images(corpus: Corpus) -> np.ndarray:
     paths = sorted(corpus.train.iterdir())[:READOUT_IMAGES]
     pictures = [Image.open(p).convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for p in paths]
     return np.stack([np.asarray(p) for p in pictures])
-
-
-def _margins(rows: Rows) -> dict[str, dict]:
-    """Student minus the best of the three controls, on patch features."""
-    margins = {}
-    for expert in rows["student"]:
-        controls = {row: rows[row][expert]["patches"] for row in ("untrained", "shuffled", "position_map")}
-        best = max(controls, key=controls.get)
-        score = rows["student"][expert]["patches"]
-        margins[expert] = {
-            "student": score, "best_control": best, "best": controls[best], "margin": score - controls[best],
-        }  # fmt: skip
-    return margins
 
 
 def _describe_expert(name: str, spec) -> dict:

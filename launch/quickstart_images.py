@@ -15,7 +15,7 @@ from tqdm import tqdm
 from eupe_jax.data.host import BrokenRecord, decode
 from eupe_jax.data.sources import ImageFolder, PackagedPhotos, Record, Source, Tfds
 
-MAX_TRAIN, MAX_HELDOUT, MIN_IMAGES = 2000, 300, 40
+MAX_TRAIN, MAX_HELDOUT, MIN_IMAGES = 2000, 250, 40
 STORED_SHORT_SIDE = (
     256  # larger pictures are stored shrunk: decoding 12 megapixels at every step would be the whole run
 )

@@ -20,7 +20,7 @@ class Adapter(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # PyTorch's default for linear layers, which AM-RADIO's adapters use; the paper is silent
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         x = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         x = nn.LayerNorm(epsilon=self.eps, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
         x = nn.gelu(x, approximate=False).astype(self.dtype)

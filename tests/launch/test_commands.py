@@ -1,0 +1,95 @@
+"""The commands as a user types them: bad input ends in one line, a non-zero status, and nothing half-written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "--config=configs/stage2_vitt.py:runlocal"
+
+
+def run(*command, **environment):
+    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**plain, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def assert_one_line(result, *words):
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.sed=3"], ["'sed'", "did you mean 'seed'"]),
+        (["--config.optimizer.learning_rat=3"], ["learning_rat", "'learning_rate'"]),
+        (["--config.seed=abc"], ["--config.seed=abc"]),
+        (["--nope=3"], ["nope"]),
+        (["--config.teachers.proxy.checkpoint=/nowhere"], ["no checkpoint at /nowhere"]),
+        (["--config.data.sources.synthetic.kind=magic"], ["data.sources.synthetic.kind", "'magic'"]),
+    ],
+)
+def test_train_refuses(flags, words, tmp_path):
+    statistics = "--config.statistics=x" if "checkpoint" in flags[0] else "--noprint_config"
+    result = run("launch/train.py", RECIPE, f"--workdir={tmp_path}/run", statistics, *flags)
+    assert_one_line(result, *words)
+    assert not list(tmp_path.glob("run/*.json*"))
+
+
+def test_train_refuses_an_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert_one_line(run("launch/train.py", RECIPE, f"--workdir={tmp_path}/file/run"), "file/run")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_unknown_recipe_and_mode():
+    assert_one_line(run("launch/train.py", "--config=configs/stage2_vitx.py", "--workdir=x"), "stage2_vitx.py")
+    assert_one_line(run("launch/train.py", "--config=configs/stage2_vitt.py:tiny", "--workdir=x"), "'tiny'")
+
+
+def test_print_config_shows_the_whole_recipe():
+    result = run("launch/train.py", "--config=configs/stage3_vitb.py", "--print_config")
+    assert result.returncode == 0
+    assert "total_steps: 100000" in result.stdout and "patch_smooth_l1: 0.1" in result.stdout
+
+
+def quickstart(images, out):
+    return run("launch/quickstart.py", f"--images={images}", f"--out={out}", "--budget=0.01")
+
+
+def test_quickstart_refuses_bad_images_and_keeps_earlier_results(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text("earlier")
+    assert_one_line(quickstart(tmp_path / "nowhere", out), "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(quickstart(tmp_path / "empty", out), "no images found")
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.new("RGB", (64, 64)).save(few / "one.png")
+    assert_one_line(quickstart(few, out), "only 1", "at least 40")
+    for i in range(60):
+        Image.new("RGB", (64, 64), (4 * i, 0, 0)).save(few / f"{i}.png")
+    (few / "broken.jpg").write_bytes(b"<html>no picture</html>")
+    assert_one_line(quickstart(few, out), "broken.jpg")
+    assert (out / "summary.json").read_text() == "earlier"
+    assert not (out / "images" / "train").exists()
+
+
+def test_quickstart_refuses_an_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert_one_line(quickstart(ROOT, tmp_path / "file" / "out"), "file/out")
