@@ -21,7 +21,7 @@ quickstart: install
 	$(BIN)/python launch/quickstart.py $(if $(IMAGES),--images=$(IMAGES)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -132,7 +132,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.storage_tokens = nn.Parameter(torch.zeros(1, num_storage_tokens, dim))
+        if num_storage_tokens:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, num_storage_tokens, dim))
+        else:  # such a model has no tensor of that name
+            self.register_buffer("storage_tokens", torch.zeros(1, 0, dim), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # only for masked training; kept so that weights round-trip
         self.patch_embed = PatchEmbedding(dim, patch_size)
         self.rope_embed = RopeEmbedding(dim // num_heads)
@@ -150,7 +153,7 @@ class VisionTransformer(nn.Module):
             dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
             head_dim = 4 * state_dict["rope_embed.periods"].shape[0]
             hidden = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
-            num_storage_tokens = state_dict["storage_tokens"].shape[1]
+            num_storage_tokens = state_dict["storage_tokens"].shape[1] if "storage_tokens" in state_dict else 0
         except KeyError as e:
             raise ValueError(f"not the weights of a vision transformer student: tensor {e} is missing") from None
         if dim % head_dim:
