@@ -55,8 +55,10 @@ def get_config(mode: str = "stage1", folder: str = FOLDER) -> ConfigDict:
 def _stage1(config: ConfigDict, mode: str, folder: str) -> None:
     config.students.proxy = common.student("eupe_convnext_tiny", dtype="float32", **PROXY)
     hosts = "eupe_jax.distill.host_teachers:"
-    config.teachers.efficientnet = common.host_teacher(f"{hosts}EfficientNetLite0", EXPERT_RESOLUTION)
-    config.teachers.ppocr = common.host_teacher(f"{hosts}PPOCRv4Detector", EXPERT_RESOLUTION, class_token="none")
+    config.teachers.efficientnet = common.host_teacher(f"{hosts}EfficientNetLite0", EXPERT_RESOLUTION, threads=1)
+    config.teachers.ppocr = common.host_teacher(
+        f"{hosts}PPOCRv4Detector", EXPERT_RESOLUTION, class_token="none", threads=1
+    )
     config.data.feature_cache = f"{folder}/features"
     config.statistics = f"{folder}/statistics/experts"
     config.statistics_steps = 125

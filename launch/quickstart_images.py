@@ -131,7 +131,7 @@ HELDOUT_PHOTOS = ("coffee", "chelsea", "flower")
 REGION = 0.25  # of each training photograph's width, at its right, is never trained on
 MARGIN = 0.03  # left unused between the two, so that no crop touches both
 LETTERS = list(string.ascii_letters + string.digits + " ")
-MOSAICS, PAGES = 0.15, 0.15  # shares of the training set
+MOSAICS, PAGES = 0.45, 0.1  # shares of the training set
 
 
 def _from_photographs(folder: Path, side: int, limit: int) -> Corpus:
