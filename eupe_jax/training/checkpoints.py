@@ -10,6 +10,7 @@ One Orbax step directory holds, apart so that each can be loaded alone:
 
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, config: ConfigDict) -> None:
         """`config`: save_every (steps), keep (newest kept), keep_every (steps kept for good, 0 for none)."""
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self._save_every = config.save_every
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -121,13 +122,18 @@ def abstract(tree: Any) -> Any:
     )
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax takes no relative paths."""
+    return epath.Path(path) if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
+
+
 def step_directory(path: epath.PathLike) -> epath.Path:
     """The step directory that a workdir, its `checkpoints` folder or a step directory stands for (newest step).
 
     Raises:
       FileNotFoundError: no such path, or nothing in it is a finished checkpoint.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: no such path")
     if (path / MANIFEST).exists():

@@ -75,6 +75,13 @@ def test_another_mesh_gives_the_same_run(whole_run, tmp_path, monkeypatch):
     assert_same(resumed, state, tolerance=2e-5)
 
 
+def test_workdir_may_be_relative(whole_run, tmp_path, monkeypatch):
+    config, _, _ = whole_run
+    monkeypatch.chdir(tmp_path)
+    train(config, "runs/here", stop_at=1)
+    assert eupe_jax.load_encoder("runs/here").manifest["step"] == 1
+
+
 def test_load_encoder(whole_run):
     config, workdir, state = whole_run
     encoder = eupe_jax.load_encoder(workdir)
