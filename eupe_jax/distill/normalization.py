@@ -75,7 +75,7 @@ class Statistics:
         tensors = {f"{what}/{kind}": v for what, tree in self.arrays().items() for kind, v in tree.items()}
         partial = path.parent / f".{path.name}.partial"
         partial.write_bytes(safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(self.header())}))
-        partial.rename(path)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Statistics":

@@ -45,7 +45,8 @@ class Student:
         backbone_key, adapter_key = jax.random.split(key)
         images = jnp.zeros((1, resolution, resolution, 3), jnp.float32)
         variables = self.module.init(backbone_key, images)
-        tokens = self.module.apply(variables, images)
+        # shapes are all that adapters need: tracing the backbone is seconds, compiling it for nothing is many more
+        tokens = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.module.apply, variables, images))
         params = {
             "backbone": variables["params"],
             "adapters": self.adapters.init(adapter_key, tokens).get("params", {}),
