@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import eupe_jax
 from eupe_jax.distill.normalization import StatisticsMismatch
+from eupe_jax.models import interchange
 from eupe_jax.sharding import rules
 from eupe_jax.training import checkpoints
 from eupe_jax.training.loop import Eval, train
@@ -120,6 +122,24 @@ def test_next_stage_starts_from_this_one(whole_run, tmp_path):
     following.adapter.hidden_dim = 24
     with pytest.raises(ValueError, match="init_adapters=False"):
         train(following, tmp_path / "other")
+
+
+def test_start_from_an_official_file(whole_run, tmp_path):
+    config, _, state = whole_run
+    student = state["students"]["vit"]
+    variables = {"params": student["params"]["backbone"], "buffers": student["buffers"]}
+    overrides = config.students.vit.overrides.to_dict()
+    weights = interchange.to_state_dict("eupe_vitt16", variables, **overrides)
+    safetensors.numpy.save_file(weights, tmp_path / "official.safetensors")
+    starting = config.copy_and_resolve_references()
+    starting.students.vit.init_from = str(tmp_path / "official.safetensors")
+    starting.optimizer.learning_rate = 0.0
+    moved = train(starting, tmp_path / "run", stop_at=1)["students"]["vit"]
+    assert_same(moved["params"]["backbone"], student["params"]["backbone"])
+    del weights["norm.weight"]
+    safetensors.numpy.save_file(weights, tmp_path / "official.safetensors")
+    with pytest.raises(ValueError, match="norm.weight"):
+        train(starting, tmp_path / "other")
 
 
 def test_proxy_as_teacher_brings_its_chain(whole_run, tmp_path):
