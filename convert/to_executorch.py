@@ -6,7 +6,6 @@ Before anything is written, real images must give the same features in Flax and 
 finished program run by the ExecuTorch runtime (1e-3). NAME.json beside NAME.pte says how to feed the program.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -28,7 +27,7 @@ from executorch.exir import to_edge_transform_and_lower  # noqa: E402
 from executorch.extension.pybindings import portable_lib  # noqa: E402
 from executorch.runtime import Runtime  # noqa: E402
 
-from convert import delegation, gates, to_torch, weights  # noqa: E402
+from convert import cli, delegation, gates, to_torch, weights  # noqa: E402
 from convert.export_modules import for_export  # noqa: E402
 from eupe_jax.training.checkpoints import LoadedEncoder  # noqa: E402
 
@@ -192,16 +191,8 @@ def _size(text: str) -> Size:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description, example, details = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n{example}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="training workdir, step folder, .safetensors or .pt")
-    add("--student", help="which student, where the checkpoint holds several")
-    add("--model", help="zoo name, for a weights file that does not say which model it is")
     add("--out", required=True, metavar="NAME.pte", help="program to write, with NAME.json beside it")
     add("--resolution", type=_size, metavar="S|HxW", help="input size in pixels (default: the checkpoint's)")
     add("--backend", choices=BACKENDS, default="xnnpack", help="portable: reference kernels, slow (default: xnnpack)")

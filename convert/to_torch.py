@@ -6,7 +6,6 @@ Before anything is written the PyTorch module must reproduce the Flax encoder on
 file carries its metadata inside; a .pt file is the bare state_dict, with the metadata beside it in FILE.pt.json.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -17,7 +16,7 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from convert import gates, weights
+from convert import cli, gates, weights
 from eupe_jax.training.checkpoints import LoadedEncoder
 
 
@@ -64,16 +63,8 @@ def convert(encoder: LoadedEncoder, out: str | Path, images: str | Path | None =
 
 
 def main(argv: list[str] | None = None) -> int:
-    description, example, details = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n{example}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="training workdir, step folder, .safetensors or .pt")
-    add("--student", help="which student, where the checkpoint holds several")
-    add("--model", help="zoo name, for a weights file that does not say which model it is")
     add("--out", required=True, metavar="FILE", help="file to write, .safetensors or .pt")
     add("--images", metavar="DIR", help="photographs for the check (default: scikit-image's)")
     args = parser.parse_args(argv)
