@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from eupe_jax.models.depthwise import DepthwiseConv
 from eupe_jax.models.layers import LayerNorm, dense_init, stack_blocks
-from eupe_jax.models.spec import EncoderSpec, Family, Tensor
+from eupe_jax.models.spec import EUPE_EXTRAS, EUPE_PREFIXES, EncoderSpec, Family, Layout, Tensor
 
 NORM_EPS = 1e-6
 
@@ -152,8 +152,8 @@ def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"cls_dim": dims[-1], "patch_dim": dims[-1], "patch_size": output_stride(dims), "num_storage_tokens": 0}
 
 
-def _affine(path: str, name: str, leaf: str, layout: str) -> tuple[Tensor, Tensor]:
-    return Tensor(f"params/{path}/{leaf}", f"{name}.weight", layout), Tensor(f"params/{path}/bias", f"{name}.bias")
+def _affine(path: str, name: str, leaf: str, transform: str) -> tuple[Tensor, Tensor]:
+    return Tensor(f"params/{path}/{leaf}", f"{name}.weight", transform), Tensor(f"params/{path}/bias", f"{name}.bias")
 
 
 TABLE = (
@@ -214,6 +214,12 @@ SPECS = (
     _dinov3("large", "61fa432d"),
 )
 
-FAMILY = Family(
-    "convnext", ConvNeXt, SPECS, _describe, TABLE, aliases={f"norms.3.{p}": f"norm.{p}" for p in ("weight", "bias")}
-)
+LAYOUTS = {
+    "official": Layout(
+        TABLE,
+        aliases={f"norms.3.{part}": f"norm.{part}" for part in ("weight", "bias")},
+        prefixes=EUPE_PREFIXES,
+        extras=EUPE_EXTRAS,
+    ),
+}
+FAMILY = Family("convnext", ConvNeXt, SPECS, _describe, LAYOUTS)

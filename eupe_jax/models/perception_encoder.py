@@ -15,7 +15,7 @@ import numpy as np
 
 from eupe_jax.models.attention_pool import AttentionPool
 from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, stack_blocks
-from eupe_jax.models.spec import EncoderSpec, Family, Tensor
+from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, attention_rows, mlp_rows, norm_rows
 
 CLS_OUTPUTS = ("pool", "proj", "none")
@@ -266,6 +266,5 @@ SPECS = (
     _spec("pe_lang_g14_448", "PE-Lang-G14-448", (1536, 47, 16, 8960, 14, 448), cls_token=False, **_LANG),
 )
 
-FAMILY = Family(
-    "perception_encoder", PerceptionEncoder, SPECS, _describe, TABLE, prefixes=("module.",), within="visual."
-)
+LAYOUTS = {"official": Layout(TABLE, within="visual.")}
+FAMILY = Family("perception_encoder", PerceptionEncoder, SPECS, _describe, LAYOUTS)

@@ -1,6 +1,6 @@
 """What the zoo knows about an encoder: `EncoderSpec` (one named model) and `Family` (one kind of module)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,10 @@ import numpy as np
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What the checkpoints of EUPE and DINOv3 may wrap an encoder's names in, and what else they may hold.
+EUPE_PREFIXES = ("module.", "teacher.", "backbone.")
+EUPE_EXTRAS = ("projectors.", "head.")
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,78 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """One row of a family's state_dict table: `path` in our variables <-> `name` in the authors' state_dict.
+class Transform:
+    """Their array is ours with its axes in the order `axes` (None: as is), then in the shape that `shape` gives."""
 
-    `{i}` in `name` stands for the block index, the leading axis of our stacked leaf.
-    `layout` is "copy", "linear" ([out, in] <-> [in, out]) or "conv" ([O, I, h, w] <-> [h, w, I, O]).
+    axes: tuple[int, ...] | None = None
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+
+
+TRANSFORMS: Mapping[str, Transform] = {
+    "copy": Transform(),
+    "linear": Transform((1, 0)),  # [in, out] -> [out, in]
+    "conv": Transform((3, 2, 0, 1)),  # [h, w, I, O] -> [O, I, h, w]
+    "patches": Transform((3, 2, 0, 1), lambda s: (s[0], s[1] * s[2] * s[3])),  # [h, w, I, O] -> [O, I * h * w]
+    "batched": Transform(None, lambda s: (1, *s)),  # a leading axis of one
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One row of a layout's table: `path` in our variables <-> `name` in a state_dict.
+
+    `{i}` in `name` stands for the block index, the leading axis of our stacked leaf. Several names share the leaf in
+    equal parts along its last axis, in their order (queries, keys and values of a joint projection).
+    `transform` is a key of `TRANSFORMS`; it maps a block's part of the leaf to the tensor called `name`.
     """
 
     path: str
-    name: str
-    layout: str = "copy"
+    name: str | tuple[str, ...]
+    transform: str = "copy"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.names[0]
+
+
+def _nothing(module: Any) -> dict[str, np.ndarray]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How some code base calls the weights of a family.
+
+    Attributes:
+      table: rows; those whose path a given model does not have are skipped.
+      constants: module -> tensors that are fixed by the architecture (written on export, checked on import).
+      aliases: name -> name of the tensor it repeats.
+      absent: module -> names in the table that such a model's state_dict does not have, because its computation has
+        zeros there. Zeros on import, left out on export.
+      implied: module -> path -> value of variables that are not stored, because that code computes them. An export of
+        other values is refused.
+      unread: paths in `implied` that encoding never reads: other values are left out of an export with a warning.
+      renames: prefix -> prefix that names have elsewhere under this layout, replaced on import.
+      prefixes: prefixes to strip when every tensor carries them.
+      extras: prefixes of known tensors that are no part of the encoder (adapters, heads): reported and left out.
+      within: prefix of the encoder's tensors in the state_dict of a larger model; if any tensor carries it, those that
+        do not are reported and left out.
+    """
+
+    table: tuple[Tensor, ...]
+    constants: Callable[[Any], dict[str, np.ndarray]] = _nothing
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    absent: Callable[[Any], Collection[str]] = _nothing
+    implied: Callable[[Any], dict[str, np.ndarray]] = _nothing
+    unread: tuple[str, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ("module.",)
+    extras: tuple[str, ...] = ()
+    within: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,24 +132,14 @@ class Family:
       module: flax module class; `module(**spec.kwargs)` is the encoder.
       specs: the named models.
       describe: module kwargs -> the EncoderSpec fields that follow from them (widths, patch size, storage tokens).
-      table: state_dict rows; rows whose path a given model does not have are skipped.
-      constants: module -> state_dict tensors that are fixed by the architecture (written on export, checked on import).
-      aliases: state_dict name -> name of the tensor it repeats.
-      prefixes: prefixes to strip when every tensor carries them.
-      extras: prefixes of known state_dict tensors that are no part of the encoder; reported and left out.
-      within: prefix of the encoder's tensors in the state_dict of a larger model; if any tensor carries it, those that
-        do not are reported and left out.
+      layouts: name -> layout: "official" for the authors' names, "transformers" for Hugging Face's. The first is the
+        default of exports; imports tell layouts apart by their names.
       example_inputs: module -> abstract arguments of its `init`; None: a small image.
     """
 
     name: str
     module: type
     specs: tuple[EncoderSpec, ...] = ()
-    describe: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda kwargs: {}
-    table: tuple[Tensor, ...] = ()
-    constants: Callable[[Any], dict[str, np.ndarray]] = lambda module: {}
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    prefixes: tuple[str, ...] = ("module.", "teacher.", "backbone.")
-    extras: tuple[str, ...] = ("projectors.", "head.")
-    within: str | None = None
+    describe: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     example_inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] | None = None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from eupe_jax.models import perception_encoder
 from eupe_jax.models.layers import LayerNorm, stack_blocks
 from eupe_jax.models.perception_encoder import PerceptionEncoder
-from eupe_jax.models.spec import Family, Tensor
+from eupe_jax.models.spec import Family, Layout, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, norm_rows
 
 VOCABULARY = 49408
@@ -126,7 +126,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 def _within(row: Tensor, path: str, name: str) -> Tensor:
     """A table row of a tower, in a model that holds the tower at params/`path` and calls it `name`."""
-    return Tensor(row.path.replace("params/", f"params/{path}/", 1), f"{name}{row.name}", row.layout)
+    return Tensor(row.path.replace("params/", f"params/{path}/", 1), f"{name}{row.name}", row.transform)
 
 
 TEXT_TABLE = (
@@ -148,7 +148,7 @@ def _example_inputs(module: ImageTextModel) -> tuple[jax.ShapeDtypeStruct, ...]:
     return images, jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
-FAMILY = Family("image_text", ImageTextModel, table=TABLE, prefixes=("module.",), example_inputs=_example_inputs)
+FAMILY = Family("image_text", ImageTextModel, layouts={"official": Layout(TABLE)}, example_inputs=_example_inputs)
 
 _TEXT_SIZES = {  # context length, width, depth, heads
     "pe_core_t16_384": (32, 512, 12, 8),

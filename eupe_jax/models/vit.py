@@ -22,7 +22,7 @@ from eupe_jax.models.layers import (
     k_bias_mask,
     stack_blocks,
 )
-from eupe_jax.models.spec import EncoderSpec, Family, Tensor
+from eupe_jax.models.spec import EUPE_EXTRAS, EUPE_PREFIXES, EncoderSpec, Family, Layout, Tensor
 
 
 class Block(nn.Module):
@@ -303,4 +303,5 @@ SPECS = (
     _spec("eupe_proxy", 1536, 50, 16, "", None, None, ffn_ratio=8960 / 1536),
 )
 
-FAMILY = Family("vit", VisionTransformer, SPECS, _describe, TABLE, _constants)
+LAYOUTS = {"official": Layout(TABLE, _constants, prefixes=EUPE_PREFIXES, extras=EUPE_EXTRAS)}
+FAMILY = Family("vit", VisionTransformer, SPECS, _describe, LAYOUTS)

@@ -75,13 +75,14 @@ def _recipe_state_dict(seed: int, name: str, overrides: dict[str, Any]) -> dict[
     spec = zoo.spec(name, **overrides)
     family = zoo.FAMILIES[spec.family]
     module = family.module(**spec.kwargs)
-    built = family.constants(module)
+    official = family.layouts["official"]
+    built = official.constants(module)
     shapes = interchange.state_dict_shapes(spec)
     if "rope_embed.periods" in shapes:
         built["rope_embed.periods"] = rope.rope_periods(
             module.embed_dim // module.num_heads, module.rope_base, module.rope_min_period, module.rope_max_period
         )
-    sources = {key: family.aliases.get(key, key) for key in shapes}
+    sources = {key: official.aliases.get(key, key) for key in shapes}
     return {
         key: built[key] if key in built else recipe_array(seed, sources[key], shape) for key, shape in shapes.items()
     }
@@ -107,7 +108,7 @@ def _complete(name: str, overrides: dict[str, Any], weights: dict[str, np.ndarra
     """Adds tensors that the architecture fixes (bias masks) where a fixture leaves them out."""
     spec = zoo.spec(name, **overrides)
     family = zoo.FAMILIES[spec.family]
-    return {**family.constants(family.module(**spec.kwargs)), **weights}
+    return {**family.layouts["official"].constants(family.module(**spec.kwargs)), **weights}
 
 
 def _tolerance(fixture: Fixture) -> float:

@@ -29,8 +29,9 @@ def random_state_dict(case, seed=0):
         key: rng.standard_normal(shape).astype(np.float32)
         for key, shape in interchange.state_dict_shapes(name, **overrides).items()
     }
-    weights.update(family.constants(family.module(**spec.kwargs)))
-    weights.update({alias: weights[source] for alias, source in family.aliases.items()})
+    official = family.layouts["official"]
+    weights.update(official.constants(family.module(**spec.kwargs)))
+    weights.update({alias: weights[source] for alias, source in official.aliases.items()})
     return weights
 
 
