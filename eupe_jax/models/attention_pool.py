@@ -1,4 +1,4 @@
-"""Attention pooling of the Perception Encoder: one learned probe reads all tokens and becomes the image's summary."""
+"""Attention pooling (Perception Encoder, SigLIP): a learned probe reads all tokens and becomes the image's summary."""
 
 from typing import Any
 
@@ -28,11 +28,16 @@ class ProbeAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Tokens [B, T, D], after the final norm -> float32 [B, D]: probe attention, then a residual MLP of ratio 4."""
+    """Tokens [B, T, D], after the final norm -> float32 [B, D]: probe attention, then a residual MLP.
+
+    `mlp_dim` is the MLP's hidden width; None: 4 * D.
+    """
 
     num_heads: int = 8
     eps: float = 1e-5
     dtype: Any = jnp.float32
+    mlp_dim: int | None = None
+    approximate_gelu: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -42,4 +47,5 @@ class AttentionPool(nn.Module):
         pooled = ProbeAttention(self.num_heads, self.dtype, name="attn")(query, x_BxTxD)
         pooled = pooled.astype(jnp.float32)
         hidden = LayerNorm(self.eps, self.dtype, name="norm")(pooled)
-        return (pooled + Mlp(4 * dim, dtype=self.dtype, name="mlp")(hidden))[:, 0]
+        mlp = Mlp(self.mlp_dim or 4 * dim, dtype=self.dtype, approximate_gelu=self.approximate_gelu, name="mlp")
+        return (pooled + mlp(hidden))[:, 0]

@@ -149,18 +149,20 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, linear."""
+    """Linear, GELU (exact by erf, or the tanh approximation), linear."""
 
     hidden: int
     use_bias: bool = True
     dtype: Any = jnp.float32
+    approximate_gelu: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def dense(width, name):
             return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
 
-        return dense(x.shape[-1], "fc2")(jax.nn.gelu(dense(self.hidden, "fc1")(x), approximate=False))
+        hidden = jax.nn.gelu(dense(self.hidden, "fc1")(x), approximate=self.approximate_gelu)
+        return dense(x.shape[-1], "fc2")(hidden)
 
 
 class SwiGLU(nn.Module):
@@ -201,6 +203,23 @@ def feed_forward(ffn_layer: str, dim: int, ratio: float, use_bias: bool, dtype: 
     """The feed-forward module that `ffn_layer` names ("mlp", "swiglu", "swiglu64", ...)."""
     module = Mlp if ffn_layer == "mlp" else SwiGLU
     return module(ffn_hidden(ffn_layer, dim, ratio), use_bias, dtype, name=name)
+
+
+def check_fit(images_BxHxWxC: jax.Array, multiple: int) -> None:
+    """Encoders cut off what does not fill a token, as the originals do; asked for that by mistake, they refuse.
+
+    Raises:
+      ValueError: a side is no positive multiple of `multiple` pixels; the message gives the nearest that are.
+    """
+    height, width = images_BxHxWxC.shape[1:3]
+    if height % multiple or width % multiple or not height or not width:
+        nearest = sorted({(_near(height, multiple, up), _near(width, multiple, up)) for up in (False, True)})
+        sizes = " or ".join(f"{h}x{w}" for h, w in nearest)
+        raise ValueError(f"image of {height}x{width} pixels: sides must be multiples of {multiple}; nearest is {sizes}")
+
+
+def _near(side: int, multiple: int, up: bool) -> int:
+    return max(-(-side // multiple) if up else side // multiple, 1) * multiple
 
 
 class PatchEmbed(nn.Module):

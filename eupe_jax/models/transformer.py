@@ -1,4 +1,4 @@
-"""The pre-norm block that the Perception Encoder's vision and text towers share, and its names elsewhere."""
+"""The plain pre-norm block that most expert towers share, and its names in the Perception Encoder's weights."""
 
 from typing import Any
 
@@ -18,6 +18,7 @@ class Block(nn.Module):
     layerscale_init: float | None = None
     norm_eps: float = 1e-5
     rotate: RotateFn | None = None
+    approximate_gelu: bool = False
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
     collect: bool = False
@@ -32,7 +33,7 @@ class Block(nn.Module):
             self.num_heads, mask_k_bias=False, dtype=self.dtype, attention_fn=self.attention_fn, rotate=self.rotate,
             name="attn",
         )
-        mlp = Mlp(self.mlp_dim, dtype=self.dtype, name="mlp")
+        mlp = Mlp(self.mlp_dim, dtype=self.dtype, approximate_gelu=self.approximate_gelu, name="mlp")
         y = attn(LayerNorm(self.norm_eps, self.dtype, name="norm1")(x), *rope)
         x = (x + scaled(y, "ls1")).astype(stream)
         y = mlp(LayerNorm(self.norm_eps, self.dtype, name="norm2")(x))
@@ -43,6 +44,14 @@ class Block(nn.Module):
 def norm_rows(path: str, name: str) -> tuple[Tensor, ...]:
     """State_dict rows of a LayerNorm at params/`path`, called `name` elsewhere."""
     return Tensor(f"params/{path}/scale", f"{name}.weight"), Tensor(f"params/{path}/bias", f"{name}.bias")
+
+
+def dense_rows(path: str, *names: str) -> tuple[Tensor, ...]:
+    """State_dict rows of a linear layer; several names share its outputs in equal parts."""
+    return (
+        Tensor(f"params/{path}/kernel", tuple(f"{name}.weight" for name in names), "linear"),
+        Tensor(f"params/{path}/bias", tuple(f"{name}.bias" for name in names)),
+    )
 
 
 def attention_rows(path: str, name: str) -> tuple[Tensor, ...]:
@@ -75,3 +84,17 @@ BLOCK_ROWS = (
     *mlp_rows("blocks/mlp", "transformer.resblocks.{i}.mlp"),
     Tensor("params/blocks/ls2/gamma", "transformer.resblocks.{i}.ls_2.gamma"),
 )
+
+
+def timm_block_rows(name: str) -> tuple[Tensor, ...]:
+    """State_dict rows of blocks called as in timm and DINO; `name` has the `{i}`."""
+    return (
+        *norm_rows("blocks/norm1", f"{name}.norm1"),
+        *dense_rows("blocks/attn/qkv", f"{name}.attn.qkv"),
+        *dense_rows("blocks/attn/proj", f"{name}.attn.proj"),
+        Tensor("params/blocks/ls1/gamma", f"{name}.ls1.gamma"),
+        *norm_rows("blocks/norm2", f"{name}.norm2"),
+        *dense_rows("blocks/mlp/fc1", f"{name}.mlp.fc1"),
+        *dense_rows("blocks/mlp/fc2", f"{name}.mlp.fc2"),
+        Tensor("params/blocks/ls2/gamma", f"{name}.ls2.gamma"),
+    )
