@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eupe_jax.models.attention_pool import AttentionPool
-from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, stack_blocks
+from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, attention_rows, mlp_rows, norm_rows
 
@@ -173,7 +173,11 @@ class PerceptionEncoder(nn.Module):
         """[B, H, W, 3] -> {"cls": [B, D] or [B, output_dim] or absent, "storage": [B, 0, D], "patches": [B, h, w, D]}.
 
         float32; see `cls_output`, `patch_output` and `features`.
+
+        Raises:
+          ValueError: as `features`, and for sides that are no multiple of the patch.
         """
+        check_fit(images, self.patch_size)
         out = self.features(images, train=train)
         source = {"pool": "pooled", "proj": "embedding", "none": None}[self.cls_output]
         cls = {} if source is None else {"cls": out[source]}

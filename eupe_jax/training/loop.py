@@ -23,11 +23,15 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Eval:
-    """Something to run inside training: `run(state) -> scalars`, every `every` steps and at the end."""
+    """Something to run inside training: `run(step, state) -> scalars`, every `every` steps and at the end.
+
+    It must leave `state` as it is, and give the same scalars when it is run again on the same state: a run that is
+    killed while evaluating evaluates again when it resumes.
+    """
 
     name: str
     every: int
-    run: Callable[[dict], dict[str, float]]
+    run: Callable[[int, dict], dict[str, float]]
 
 
 def train(
@@ -89,10 +93,18 @@ def train(
     bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not main_process, desc=workdir.name)
 
     def log(step: int, scalars: dict[str, float]) -> None:
+        if not scalars:  # logged just before an evaluation
+            return
         writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
         bar.set_postfix({k.removesuffix("/loss"): v for k, v in scalars.items() if k.endswith("/loss")})
 
+    def evaluate(due: Sequence[Eval], step: int) -> None:
+        for each in due:
+            writer.write(step, {f"{each.name}/{k}": v for k, v in each.run(step, state).items()})
+
     try:
+        if start:  # what was due at the step this run resumes from, and may have been killed
+            evaluate(evals_due(evals, start, config.total_steps), start)
         for step in range(start, end):
             chosen = resolutions.choose(
                 config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config)
@@ -103,10 +115,12 @@ def train(
                 log(step, running.pop())
             done = step + 1
             bar.update()
-            for each in evals:
-                if done % each.every == 0 or done == config.total_steps:
-                    writer.write(done, {f"{each.name}/{k}": v for k, v in each.run(state).items()})
-            saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end)
+            due = evals_due(evals, done, config.total_steps)
+            saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
+            if due:  # saved and logged first: a run that is killed while evaluating loses nothing
+                log(done, running.pop(final=True))
+                saver.wait()
+                evaluate(due, done)
         if start < end:
             log(end, running.pop(final=True))
     finally:
@@ -117,8 +131,13 @@ def train(
     return state
 
 
+def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:
+    """The evaluations that run after `step` steps."""
+    return [each for each in evals if step % each.every == 0 or step == total_steps]
+
+
 # Fields that do not change what is computed: a resumed run may differ in them.
-FREE_FIELDS = ("log_every", "checkpoint", "data.threads", "data.workers", "mesh")
+FREE_FIELDS = ("log_every", "checkpoint", "data.threads", "data.workers", "mesh", "evals")
 
 
 def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:

@@ -39,15 +39,18 @@ class RunningMetrics:
 class MetricWriter:
     """Writes scalars to `workdir/tensorboard` and `workdir/metrics.jsonl`; silent where `enabled` is False.
 
-    Resuming cuts lines from the step on that a stopped run had already written past its last checkpoint.
+    Resuming cuts lines from the step on that a stopped run had already written past its last checkpoint; what is
+    written again at that very step, as an evaluation that is run again does, stands there once.
     """
 
     def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
         self._events = self._lines = None
+        self._there: list[dict] = []
         if not enabled:
             return
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        self._there = [line for line in kept if line["step"] == resume_step]
         partial = workdir / ".metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
@@ -55,7 +58,7 @@ class MetricWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        if self._lines is None:
+        if self._lines is None or not scalars or {"step": step, **scalars} in self._there:
             return
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()

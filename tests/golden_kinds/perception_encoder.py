@@ -117,7 +117,8 @@ def check_pe_vision(path: Path) -> None:
                 for stage in stages
             }
             by_layer = {stage: dict(zip(layers, out["layers"], strict=True)) for stage, out in kept.items()}
-            return kept[stages[0]], by_layer, encoder.apply(variables, images)
+            height, width = (side - side % encoder.patch_size for side in images.shape[1:3])
+            return kept[stages[0]], by_layer, encoder.apply(variables, images[:, :height, :width])
 
         out, by_layer, call = run(variables, images)
         for name, parts in wanted:

@@ -16,7 +16,7 @@ SMALL = {"eupe_vitt16": VIT, "eupe_convnext_tiny": CONVNEXT}
 NAMES = list(SMALL)
 
 
-def images(height=32, width=40, batch=2, seed=0):
+def images(height=32, width=64, batch=2, seed=0):
     return jax.random.normal(jax.random.key(seed), (batch, height, width, 3))
 
 
@@ -137,10 +137,11 @@ def test_bfloat16_keeps_branches_that_start_at_a_tiny_layerscale():
 def test_call_gives_the_final_features_in_their_shapes(name):
     encoder, variables = build(name), variables_of(name)
     spec = zoo.spec(name, **SMALL[name])
-    x = images(67, 43)
+    side = spec.patch_size
+    x = images(3 * side, 2 * side)
     call, features = jax.jit(encoder.apply), jax.jit(functools.partial(encoder.apply, method="features"))
     out, full = call(variables, x), features(variables, x)
-    grid = (67 // spec.patch_size, 43 // spec.patch_size)
+    grid = (3, 2)
     assert out["cls"].shape == (2, spec.cls_dim)
     assert out["storage"].shape == (2, spec.num_storage_tokens, spec.patch_dim)
     assert out["patches"].shape == (2, *grid, spec.patch_dim)
@@ -178,14 +179,14 @@ def test_key_bias_gets_a_gradient_only_when_unmasked(masked):
 
 def test_mask_replaces_patches_by_the_mask_token():
     encoder, variables = build("eupe_vitt16"), variables_of("eupe_vitt16")
-    x, everything = images(), jnp.ones((2, 20), bool)
+    x, everything = images(), jnp.ones((2, 32), bool)
     covered = encoder.apply(variables, x, masks=everything)["patches"]
     np.testing.assert_allclose(covered[0], covered[1], atol=1e-6)
     np.testing.assert_array_equal(
         encoder.apply(variables, x, masks=~everything)["patches"], encoder.apply(variables, x)["patches"]
     )
-    with pytest.raises(ValueError, match=r"\(2, 20\).*\(2, 19\)"):
-        encoder.apply(variables, x, masks=everything[:, :19])
+    with pytest.raises(ValueError, match=r"\(2, 32\).*\(2, 31\)"):
+        encoder.apply(variables, x, masks=everything[:, :31])
 
 
 def test_attention_fn_is_used_and_sees_rotated_heads():
@@ -197,7 +198,7 @@ def test_attention_fn_is_used_and_sees_rotated_heads():
 
     variables = variables_of("eupe_vitt16")
     ours = build("eupe_vitt16", attention_fn=attention).apply(variables, images())
-    assert seen and set(seen) == {((2, 25, 2, 16),) * 3}
+    assert seen and set(seen) == {((2, 37, 2, 16),) * 3}
     np.testing.assert_array_equal(ours["cls"], build("eupe_vitt16").apply(variables, images())["cls"])
 
 
@@ -232,3 +233,16 @@ def test_initial_values_of_the_vit():
     assert {"norm/scale", "local_cls_norm/bias", "mask_token", "blocks/attn/qkv/bias"} <= set(flat)
     kernels = flat["blocks/attn/proj/kernel"]
     assert kernels.shape == (depth, dim, dim) and not np.allclose(kernels[0], kernels[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("eupe_vitt16", (20, 64), "image of 20x64 pixels: .* multiples of 8; nearest is 16x64 or 24x64"),
+        ("eupe_vitt16", (4, 33), "nearest is 8x32 or 8x40"),
+        ("eupe_convnext_tiny", (32, 48), "multiples of 32; nearest is 32x32 or 32x64"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do(name, size, message):
+    with pytest.raises(ValueError, match=message):
+        build(name).apply(variables_of(name), jnp.zeros((1, *size, 3)))

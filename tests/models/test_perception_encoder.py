@@ -138,19 +138,22 @@ def test_contradicting_settings_are_refused(overrides, message):
 def test_image_and_layer_errors():
     model = tiny()
     with pytest.raises(ValueError, match="smaller than one patch"):
-        jax.eval_shape(model.init, jax.random.key(0), images(1, 4, 32))
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, method="features"), images(1, 4, 32))
     variables = init(model, images())
     with pytest.raises(ValueError, match="out of range"):
         model.apply(variables, images(), layers=(2,), method="features")
 
 
-def test_sides_that_are_no_multiple_are_cut():
+def test_sides_that_are_no_multiple_are_cut_in_features_and_refused_by_the_encoder():
     model = tiny()
     variables = init(model, images())
     large = images(1, 45, 39)
-    cut = apply(model, variables, large[:, :40, :32])
-    for name, value in apply(model, variables, large).items():
-        np.testing.assert_allclose(value, cut[name], atol=1e-5, err_msg=name)
+    features = apply(model, variables, large, method="features")
+    for name, value in apply(model, variables, large[:, :40, :32]).items():
+        same = features["pooled" if name == "cls" else name]
+        np.testing.assert_allclose(value, same, atol=1e-5, err_msg=name)
+    with pytest.raises(ValueError, match="multiples of 8; nearest is 40x32 or 48x40"):
+        model.apply(variables, large)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

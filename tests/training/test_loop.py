@@ -55,12 +55,12 @@ def test_training_moves_towards_the_teachers(whole_run):
 def test_crash_loses_only_what_was_not_saved(whole_run, tmp_path):
     config, _, state = whole_run
 
-    def crash(_):
+    def crash(step, state):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
         train(config, tmp_path, evals=[Eval("crash", 3, crash)])
-    assert checkpoints.step_directory(tmp_path).name == "2"
+    assert checkpoints.step_directory(tmp_path).name == "3", "saved before it evaluates"
     assert_same(train(config, tmp_path), state)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
