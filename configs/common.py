@@ -79,8 +79,17 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices a parameter is cut over; the data axis takes the rest
 
+    # Evaluations inside training, name -> evaluation(...): every so many steps and at the end. What is trained does not
+    # depend on them.
+    config.evals = ConfigDict()
+
     config.log_every = 50
     return config
+
+
+def evaluation(name: str, data: str, every: int, **settings) -> ConfigDict:
+    """One evaluation inside training: `name` as launch/evaluate.py --list has it, with its settings."""
+    return ConfigDict({"eval": name, "data": data, "every": every, "settings": settings})
 
 
 def student(

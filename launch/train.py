@@ -11,6 +11,7 @@ from etils import epath
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from launch import cli
+from launch.training_evals import training_evals
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (local or gs://): checkpoints, metrics, config")
@@ -34,7 +35,7 @@ def main() -> None:
         # a smoke test: nobody has measured its random teachers, so do that first
         config.statistics = str(workdir / "statistics")
         measure_statistics(config, config.statistics)
-    train(config, workdir, stop_at=STOP_AT.value)
+    train(config, workdir, evals=training_evals(config, workdir), stop_at=STOP_AT.value)
     print(f"done: {workdir}")
 
 

@@ -84,7 +84,7 @@ def _package_dir(package: str) -> Path:
 
 def _check_sides(name: str, resolution: int, multiple: int):
     if resolution < multiple or resolution % multiple:
-        raise ValueError(f"{name}: resolution must be a positive multiple of {multiple}, got {resolution}")
+        raise ValueError(f"{name}: sides must be positive multiples of {multiple} pixels, got {resolution}")
 
 
 class EfficientNetLite0:
@@ -127,7 +127,13 @@ class EfficientNetLite0:
         self.spec = TeacherSpec(name, 1280, width, stride, resolution, mean, std, digest)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return _in_chunks(self._features, resize_images(images, self.spec.resolution))
+        return self.at_size(resize_images(images, self.spec.resolution))
+
+    def at_size(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens of uint8 RGB [b, H, W, 3] at that very size, whose sides are multiples of 32."""
+        for side in images.shape[1:3]:
+            _check_sides(self.spec.name, side, 32)
+        return _in_chunks(self._features, images)
 
     def _features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         torch, model = self._torch, self._model
@@ -249,7 +255,13 @@ class PPOCRv4Detector:
         self.spec = TeacherSpec(name, None, self.WIDTH, stride, resolution, half, half, digest)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return _in_chunks(self._features, resize_images(images, self.spec.resolution))
+        return self.at_size(resize_images(images, self.spec.resolution))
+
+    def at_size(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens of uint8 RGB [b, H, W, 3] at that very size, whose sides are multiples of 32."""
+        for side in images.shape[1:3]:
+            _check_sides(self.spec.name, side, 32)
+        return _in_chunks(self._features, images)
 
     def _features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         p, edge = self._pad, self._pad // self.NATIVE_STRIDE

@@ -1,0 +1,131 @@
+"""What evaluations measure: Flax encoders, teachers on the host, exported programs; each an `interface.Encoder`."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eupe_jax.distill.host_teachers import HostTeacher
+from eupe_jax.distill.teacher_spec import fingerprint as with_tokens
+from eupe_jax.distill.teacher_spec import sha256_file
+from eupe_jax.evals.interface import Tokens
+from eupe_jax.models import zoo
+from eupe_jax.sharding.mesh import batch_sharding, make_mesh, replicated
+from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.fingerprint import fingerprint
+
+
+class FlaxEncoder:
+    """A student, proxy or teacher in Flax. Batches are cut over this host's devices where they divide evenly.
+
+    Attributes:
+      loaded: the encoder with its variables.
+      checkpoint, student: where it came from, for evaluations that need its adapters; "" where it has none.
+    """
+
+    def __init__(self, loaded: LoadedEncoder, *, name: str = "", checkpoint: str = "", student: str = "") -> None:
+        spec = zoo.spec(loaded.name, **loaded.overrides)
+        self.loaded, self.checkpoint, self.student = loaded, checkpoint, student
+        self.name = name or loaded.name
+        self.cls_dim, self.patch_dim, self.patch_size = spec.cls_dim, spec.patch_dim, spec.patch_size
+        self.resolution = loaded.resolution
+        tokens = {"model": loaded.name, **{k: str(v) for k, v in loaded.overrides.items()}}
+        tokens["compute"] = jnp.dtype(loaded.module.dtype).name
+        self.fingerprint = with_tokens(fingerprint(loaded.variables), tokens, loaded.mean, loaded.std)
+        self._mesh = make_mesh(devices=jax.local_devices())
+        self._variables = jax.device_put(loaded.variables, replicated(self._mesh))
+        self._apply = jax.jit(self._forward)
+
+    def _forward(self, variables, images: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
+        mean, std = jnp.asarray(self.loaded.mean, jnp.float32), jnp.asarray(self.loaded.std, jnp.float32)
+        scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+        pixels = (images.astype(jnp.float32) / scale - mean) / std
+        training = {} if key is None else {"train": True, "rngs": {"rope": key}}
+        tokens = self.loaded.module.apply(variables, pixels, **training)
+        return {kind: tokens[kind] for kind in ("cls", "patches") if kind in tokens}
+
+    def __call__(self, images_BxHxWx3: np.ndarray, *, key: jax.Array | None = None) -> Tokens:
+        whole = len(images_BxHxWx3) % self._mesh.size
+        images = jax.device_put(images_BxHxWx3, (replicated if whole else batch_sharding)(self._mesh))
+        return self._apply(self._variables, images, key)
+
+
+class HostEncoder:
+    """A teacher on the host: any Python callable or ONNX file (distill/host_teachers.py).
+
+    One with a method `at_size` takes any size it likes; others take squares of their own resolution only.
+    """
+
+    def __init__(self, teacher: HostTeacher) -> None:
+        spec = teacher.spec
+        self._teacher = teacher
+        self.name, self.fingerprint, self.resolution = spec.name, spec.fingerprint, spec.resolution
+        self.cls_dim, self.patch_dim, self.patch_size = spec.cls_dim, spec.patch_dim, spec.stride
+
+    def __call__(self, images_BxHxWx3: np.ndarray, *, key: jax.Array | None = None) -> Tokens:
+        del key
+        images = _as_uint8(images_BxHxWx3)
+        if hasattr(self._teacher, "at_size"):
+            return self._teacher.at_size(images)
+        _require_size(self.name, images, (self.resolution, self.resolution))
+        return self._teacher(images)
+
+
+class PteEncoder:
+    """An exported ExecuTorch program with the JSON file beside it: fixed size, one image at a time.
+
+    Raises:
+      ValueError: no JSON file beside it, or not one of ours. ImportError: ExecuTorch is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import torch
+        from executorch.runtime import Runtime
+
+        sidecar = path.with_suffix(".json")
+        if not path.is_file() or not sidecar.is_file():
+            missing = sidecar if path.is_file() else path
+            raise ValueError(f"{missing} is not there: a program needs NAME.pte and NAME.json")
+        try:
+            report = json.loads(sidecar.read_text())
+            (method,) = report["methods"]
+            self._size = tuple(report["resolution"])
+            self._mean, self._std = np.float32(report["mean"]), np.float32(report["std"])
+            self._outputs = [output["name"] for output in report["methods"][method]["outputs"]]
+            self.cls_dim, self.patch_dim = report["cls_dim"], report["patch_dim"]
+            self.patch_size, self.resolution = report["patch_size"], max(self._size)
+            self.name = f"{report['model']} (.pte)"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{sidecar} does not describe a program of one method: {error!r}") from None
+        self.fingerprint = hashlib.sha256((sha256_file(path) + sha256_file(sidecar)).encode()).hexdigest()
+        self._torch = torch
+        self._bytes = path.read_bytes()  # the runtime reads weights from them while it runs
+        self._program = Runtime.get().load_program(self._bytes)
+        self._method = self._program.load_method(method)
+
+    def __call__(self, images_BxHxWx3: np.ndarray, *, key: jax.Array | None = None) -> Tokens:
+        del key
+        images = np.asarray(images_BxHxWx3)
+        _require_size(self.name, images, self._size)
+        pixels = images.astype(np.float32) / (255.0 if images.dtype == np.uint8 else 1.0)
+        pixels = ((pixels - self._mean) / self._std).transpose(0, 3, 1, 2)
+        rows = []
+        for image in pixels:
+            outputs = self._method.execute((self._torch.from_numpy(np.ascontiguousarray(image[None])),))
+            rows.append([output.numpy().copy() for output in outputs])  # the runtime reuses its output memory
+        tokens = dict(zip(self._outputs, (np.concatenate(kind) for kind in zip(*rows, strict=True)), strict=True))
+        return {kind: tokens[kind] for kind in ("cls", "patches") if kind in tokens}
+
+
+def _as_uint8(images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
+def _require_size(name: str, images: np.ndarray, size: tuple[int, int]) -> None:
+    height, width = images.shape[1:3]
+    if (height, width) != size:
+        raise ValueError(f"{name} takes images of {size[0]}x{size[1]} pixels only, got {height}x{width}")

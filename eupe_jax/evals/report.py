@@ -1,0 +1,88 @@
+"""What an evaluation leaves in its folder: metrics.json, one CSV a table, PNG pictures, TensorBoard events.
+
+metrics.json is written last and renamed into place: where it exists, the evaluation is complete.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboardX import SummaryWriter
+
+from eupe_jax.evals.interface import Result
+
+METRICS = "metrics.json"
+
+
+def write(folder: epath.PathLike, result: Result, header: Mapping[str, Any], step: int = 0) -> None:
+    """Writes a result; `header` says what was measured on what and goes into metrics.json beside the figures."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "metrics.csv", _csv([{"metric": k, "value": v} for k, v in result.metrics.items()]))
+    for name, rows in result.tables.items():
+        _replace(folder / f"{name}.csv", _csv(rows))
+    for name, picture in result.images.items():
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(picture, np.uint8)).save(buffer, format="PNG")
+        _replace(folder / f"{name}.png", buffer.getvalue())
+    events = folder / "tensorboard"
+    if events.exists():
+        shutil.rmtree(events)
+    with SummaryWriter(str(events)) as writer:
+        for name, value in result.metrics.items():
+            writer.add_scalar(f"{header['eval']}/{name}", value, step)
+        for name, picture in result.images.items():
+            writer.add_image(f"{header['eval']}/{name}", np.asarray(picture, np.uint8), step, dataformats="HWC")
+    content = {**header, "metrics": result.metrics, "details": result.details}
+    _replace(folder / METRICS, json.dumps(content, indent=2, default=_plain).encode())
+
+
+def read(folder: epath.PathLike) -> dict[str, Any] | None:
+    """What `write` left in metrics.json, None where nothing complete is there.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = epath.Path(folder) / METRICS
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if not {"eval", "encoder", "metrics"} <= content.keys():
+            raise ValueError("no eval, encoder or metrics in it")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the result of an evaluation: {error}") from None
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} in a result cannot be written as JSON")
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,56 @@
+"""An encoder to evaluate from whatever a user has of it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from eupe_jax.distill.host_teachers import load_host_teacher
+from eupe_jax.evals.encoders import FlaxEncoder, HostEncoder, PteEncoder
+from eupe_jax.evals.interface import Encoder
+from eupe_jax.models import zoo
+from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder
+
+WEIGHTS = (".safetensors", ".pt", ".pth")
+
+
+def load_any(source: str, student: str | None = None, model: str | None = None, dtype: str = "float32") -> Encoder:
+    """The encoder that `source` names.
+
+    Args:
+      source: a checkpoint folder, a weights file, a .pte, "random:ZOO_NAME" or "host:package.module:Class".
+      student: which one, where a checkpoint holds several.
+      model: zoo name, for a weights file that does not say.
+      dtype: compute type of a Flax encoder.
+
+    Raises:
+      ValueError, OSError, ImportError: nothing there, or not what it should be.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "random":
+        return untrained(rest, dtype)
+    if kind == "host":
+        return HostEncoder(load_host_teacher(rest))
+    path = Path(source)
+    if path.suffix == ".pte":
+        return PteEncoder(path)
+    if path.suffix in WEIGHTS or _is_transformers_folder(path):
+        from convert import weights  # needs torch, which a training pod does not have
+
+        return FlaxEncoder(weights.load(path, student, model), checkpoint=source)
+    loaded = load_encoder(source, student, dtype=jnp.dtype(dtype))
+    return FlaxEncoder(loaded, checkpoint=source, student=loaded.student)
+
+
+def _is_transformers_folder(path: Path) -> bool:
+    return (path / "config.json").exists() and any(path.glob("*.safetensors*"))
+
+
+def untrained(name: str, dtype: str = "float32", seed: int = 0) -> FlaxEncoder:
+    """An encoder of random weights: the floor that anything learned has to beat."""
+    spec, module = zoo.spec(name), zoo.build(name, dtype=jnp.dtype(dtype))
+    image = jnp.zeros((1, spec.resolution, spec.resolution, 3))
+    variables = jax.jit(module.init)(jax.random.key(seed), image)
+    described = {"model": name, "overrides": {}, "resolution": spec.resolution}
+    described |= {"mean": list(spec.mean), "std": list(spec.std)}
+    return FlaxEncoder(LoadedEncoder(name, {}, module, variables, described), name=f"{name} (untrained)")

@@ -1,0 +1,90 @@
+"""The evaluations that a recipe asks for inside training (`config.evals`), as the loop takes them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from eupe_jax.evals import registry, report
+from eupe_jax.evals.encoders import FlaxEncoder
+from eupe_jax.models import zoo
+from eupe_jax.sharding.mesh import make_mesh, replicated
+from eupe_jax.training.checkpoints import LoadedEncoder, versions
+from eupe_jax.training.loop import Eval
+
+FIELDS = {"eval", "data", "every", "settings"}
+
+
+def training_evals(config: ConfigDict, workdir: epath.PathLike) -> list[Eval]:
+    """Reads and checks the data of every entry of `config.evals` now, so that nothing fails after hours.
+
+    Results go to `workdir/evals/NAME/STUDENT/STEP`, their scalars to the run's own metrics. On several hosts the first
+    one evaluates, on its own devices, while the others wait.
+
+    Raises:
+      ValueError, OSError: unknown evaluation, field or setting; data missing or broken.
+    """
+    return [_Evaluation(name, entry, config, Path(workdir)).as_eval() for name, entry in config.evals.items()]
+
+
+class _Evaluation:
+    def __init__(self, name: str, entry: ConfigDict, config: ConfigDict, workdir: Path) -> None:
+        if set(entry) - FIELDS or not {"eval", "data", "every"} <= set(entry):
+            raise ValueError(f"evals.{name} takes the fields {sorted(FIELDS)}, got {sorted(entry)}")
+        if entry.every < 1:
+            raise ValueError(f"evals.{name}.every must be at least 1 step, got {entry.every}")
+        if entry.eval == "pca" or not Path(entry.data).exists():
+            problem = "pca takes several encoders" if entry.eval == "pca" else f"no such folder: {entry.data}"
+            raise ValueError(f"evals.{name}: {problem}")
+        self.name, self.entry, self.config, self.folder = name, entry, config, workdir / "evals" / name
+        self.workdir = workdir
+        self.module = registry.evaluation(entry.eval)
+        self.settings = registry.settings(entry.eval, dict(entry.get("settings", {})))
+        self.data = self.module.load(Path(entry.data), self.settings)
+        self._gather = jax.jit(lambda tree: tree, out_shardings=replicated(make_mesh()))
+
+    def as_eval(self) -> Eval:
+        return Eval(self.name, self.entry.every, self.run)
+
+    def run(self, step: int, state: dict) -> dict[str, float]:
+        scalars = {}
+        for student in self.config.students:
+            params = state["students"][student]
+            held = {"params": params["params"]["backbone"], "buffers": params["buffers"]}
+            variables = jax.device_get(self._gather(held))  # every host takes part
+            if jax.process_index() == 0:
+                metrics = self._measure(step, student, variables)
+                scalars |= {f"{student}/{key}": value for key, value in metrics.items()}
+        return scalars
+
+    def _measure(self, step: int, student: str, variables: dict) -> dict[str, float]:
+        encoder = self._encoder(student, variables)
+        folder = self.folder / student / str(step)
+        found = report.read(folder)
+        if found is not None and found["fingerprint"] == encoder.fingerprint:
+            return found["metrics"]
+        result = self.module.run(encoder, self.data, self.settings, workdir=folder / "work")
+        header = {
+            "eval": self.entry.eval,
+            "encoder": encoder.name,
+            "checkpoint": str(self.workdir),
+            "step": step,
+            "fingerprint": encoder.fingerprint,
+            "data": str(Path(self.entry.data).resolve()),
+            "settings": dataclasses.asdict(self.settings),
+            "versions": versions(),
+        }
+        report.write(folder, result, header, step)
+        return result.metrics
+
+    def _encoder(self, student: str, variables: dict) -> FlaxEncoder:
+        entry = self.config.students[student]
+        spec = zoo.spec(entry.model, **entry.overrides)
+        module = zoo.build(entry.model, dtype=jnp.float32, **entry.overrides)
+        described = {"model": entry.model, "resolution": max(self.config.student_resolutions)}
+        described |= {"mean": list(spec.mean), "std": list(spec.std)}
+        loaded = LoadedEncoder(entry.model, entry.overrides.to_dict(), module, variables, described, student)
+        return FlaxEncoder(loaded, name=student, checkpoint=str(self.workdir), student=student)
