@@ -1,9 +1,13 @@
-"""From a checkpoint to PyTorch weights under the authors' names.
+"""From a checkpoint to PyTorch weights, under the authors' names or as a Hugging Face model.
 
   python convert/to_torch.py --checkpoint runs/stage3 --out eupe_vitt16.safetensors
+  python convert/to_torch.py --checkpoint runs/stage3 --out eupe_vitt16 --layout transformers
 
-Before anything is written the PyTorch module must reproduce the Flax encoder on real images to 1e-4. A .safetensors
-file carries its metadata inside; a .pt file is the bare state_dict, with the metadata beside it in FILE.pt.json.
+Before anything is written the PyTorch module must reproduce the Flax encoder on real images to 1e-4; with --layout
+transformers so must the model that transformers loads, where it is installed. "official" writes a state_dict for the
+authors' own modules: .safetensors with its metadata inside, or .pt with the metadata beside it in FILE.pt.json.
+"transformers" writes a folder for AutoModel.from_pretrained. It computes RoPE periods from a base, so that an encoder
+with others, such as the rounded ones of released weights, is refused.
 """
 
 import io
@@ -12,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
 import torch
 from torch import nn
 
-from convert import cli, gates, weights
+from convert import cli, gates, transformers_layout, weights
+from eupe_jax.models import interchange
 from eupe_jax.training.checkpoints import LoadedEncoder
 
 
@@ -34,26 +40,41 @@ def gate(encoder: LoadedEncoder, module: nn.Module, images_NxHxWx3=None) -> gate
     return report
 
 
-def convert(encoder: LoadedEncoder, out: str | Path, images: str | Path | None = None) -> dict[str, Any]:
+def convert(
+    encoder: LoadedEncoder, out: str | Path, images: str | Path | None = None, layout: str = "official"
+) -> dict[str, Any]:
     """Gates, then writes `out`; returns the metadata written with it, gate figures included.
 
     Args:
-      out: file to write, .safetensors or .pt.
+      out: file to write, .safetensors or .pt; with the layout "transformers" a folder, new or empty.
       images: folder of photographs for the gate.
+      layout: "official" or "transformers".
 
     Raises:
       GateError, ValueError, OSError: nothing was written.
     """
     out = Path(out)
-    if out.suffix not in (".safetensors", ".pt"):
+    if layout == "transformers":
+        transformers_layout.check_folder(out)
+        transformers_layout.config(encoder)  # refuses what transformers does not know
+    elif out.suffix in (".safetensors", ".pt"):
+        weights.check_writable(out)
+    else:
         raise ValueError(f"--out {out}: the name must end in .safetensors or .pt")
-    weights.check_writable(out)
+    state_dict = interchange.to_state_dict(encoder.name, encoder.variables, layout=layout, **encoder.overrides)
     photographs = gates.load_images(images, encoder.resolution, encoder.resolution)
     report = gate(encoder, weights.to_module(encoder), photographs)
-    metadata = weights.describe(encoder) | {"gates": {"flax_vs_torch": report}}
-    state_dict = weights.to_state_dict(encoder)
+    metadata = weights.describe(encoder) | {"layout": layout, "weights_sha256": weights.digest(state_dict)}
+    metadata["gates"] = {"flax_vs_torch": report}
     header = json.dumps(metadata, indent=2)
-    if out.suffix == ".safetensors":
+    if layout == "transformers":
+
+        def check(folder: Path) -> None:
+            if transformers_layout.available():
+                metadata["gates"]["flax_vs_transformers"] = gate_folder(encoder, folder, photographs)
+
+        transformers_layout.write(encoder, state_dict, header, out, check)
+    elif out.suffix == ".safetensors":
         weights.write_files({out: safetensors.numpy.save(state_dict, metadata={"format": "pt", "eupe_jax": header})})
     else:
         buffer = io.BytesIO()
@@ -62,21 +83,35 @@ def convert(encoder: LoadedEncoder, out: str | Path, images: str | Path | None =
     return metadata
 
 
+def gate_folder(encoder: LoadedEncoder, folder: Path, images_NxHxWx3: np.ndarray) -> gates.Report:
+    """`gate` for the model that `transformers` loads from a folder."""
+    pixels = gates.normalise(encoder, images_NxHxWx3)
+    report = gates.compare(gates.flax_features(encoder, pixels), transformers_layout.features(folder, pixels))
+    gates.require(report, gates.FLAX_VS_TORCH, "Flax and transformers")
+    return report
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--out", required=True, metavar="FILE", help="file to write, .safetensors or .pt")
+    add("--out", required=True, metavar="PATH", help="file to write, .safetensors or .pt; transformers: a folder")
+    add("--layout", choices=("official", "transformers"), default="official", help="whose names (default: official)")
     add("--images", metavar="DIR", help="photographs for the check (default: scikit-image's)")
     args = parser.parse_args(argv)
     try:
         encoder = weights.load(args.checkpoint, args.student, args.model)
-        metadata = convert(encoder, args.out, args.images)
+        metadata = convert(encoder, args.out, args.images, args.layout)
     except (ValueError, OSError) as e:
         print(f"error: {weights.one_line(e)}", file=sys.stderr)
         return 1
-    for name, figures in metadata["gates"]["flax_vs_torch"].items():
-        print(f"Flax vs PyTorch, {name}: max abs {figures['max_abs']:.2e}, cosine {figures['cosine']:.6f}")
-    print(f"wrote {args.out}: {encoder.name}, {Path(args.out).stat().st_size / 2**20:.1f} MiB")
+    for gate_name, report in metadata["gates"].items():
+        what = {"flax_vs_torch": "PyTorch", "flax_vs_transformers": "transformers"}[gate_name]
+        for name, figures in report.items():
+            print(f"Flax vs {what}, {name}: max abs {figures['max_abs']:.2e}, cosine {figures['cosine']:.6f}")
+    if args.layout == "transformers" and "flax_vs_transformers" not in metadata["gates"]:
+        print("transformers is not installed here: only the names and the PyTorch module were checked")
+    written = Path(args.out) / "model.safetensors" if args.layout == "transformers" else Path(args.out)
+    print(f"wrote {args.out}: {encoder.name}, {written.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

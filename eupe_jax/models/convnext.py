@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from eupe_jax.models.depthwise import DepthwiseConv
-from eupe_jax.models.layers import LayerNorm, dense_init, stack_blocks
+from eupe_jax.models.layers import LayerNorm, check_fit, dense_init, stack_blocks
 from eupe_jax.models.spec import EUPE_EXTRAS, EUPE_PREFIXES, EncoderSpec, Family, Layout, Tensor
 
 NORM_EPS = 1e-6
@@ -142,7 +142,12 @@ class ConvNeXt(nn.Module):
         }
 
     def __call__(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        """[B, H, W, 3] -> {"cls": [B, C], "storage": [B, 0, C], "patches": [B, h, w, C]}, float32."""
+        """[B, H, W, 3] -> {"cls": [B, C], "storage": [B, 0, C], "patches": [B, h, w, C]}, float32; see `features`.
+
+        Raises:
+          ValueError: as `features`, and for sides that are no multiple of the stride.
+        """
+        check_fit(images, output_stride(self.dims))
         out = self.features(images, train=train)
         return {name: out[name] for name in ("cls", "storage", "patches")}
 
@@ -156,29 +161,41 @@ def _affine(path: str, name: str, leaf: str, transform: str) -> tuple[Tensor, Te
     return Tensor(f"params/{path}/{leaf}", f"{name}.weight", transform), Tensor(f"params/{path}/bias", f"{name}.bias")
 
 
-TABLE = (
-    *(
-        row
-        for s in range(4)
+def _table(downsample: str, block: str, names: Mapping[str, str], norm: str) -> tuple[Tensor, ...]:
+    """Rows of all stages; `downsample` and `block` hold the stage as {s}, `names` calls the parts of a block."""
+    rows: list[Tensor] = []
+    for s in range(4):
         # The stem is (convolution, norm), the other downsamplers are (norm, convolution).
-        for row in (
-            *_affine(f"downsample_{s}/conv", f"downsample_layers.{s}.{min(s, 1)}", "kernel", "conv"),
-            *_affine(f"downsample_{s}/norm", f"downsample_layers.{s}.{1 - min(s, 1)}", "scale", "copy"),
-        )
+        layers, stage = downsample.replace("{s}", str(s)), block.replace("{s}", str(s))
+        rows += _affine(f"downsample_{s}/conv", f"{layers}.{min(s, 1)}", "kernel", "conv")
+        rows += _affine(f"downsample_{s}/norm", f"{layers}.{1 - min(s, 1)}", "scale", "copy")
+        rows.append(Tensor(f"params/stages_{s}/gamma", f"{stage}.gamma"))
+        rows += _affine(f"stages_{s}/dwconv", f"{stage}.{names['dwconv']}", "kernel", "conv")
+        rows += _affine(f"stages_{s}/norm", f"{stage}.{names['norm']}", "scale", "copy")
+        for part in ("pwconv1", "pwconv2"):
+            rows += _affine(f"stages_{s}/{part}", f"{stage}.{names[part]}", "kernel", "linear")
+    return (*rows, *_affine("norm", norm, "scale", "copy"))
+
+
+_PARTS = ("dwconv", "norm", "pwconv1", "pwconv2")
+_HF_PARTS = ("depthwise_conv", "layer_norm", "pointwise_conv1", "pointwise_conv2")
+LAYOUTS = {
+    "official": Layout(
+        _table("downsample_layers.{s}", "stages.{s}.{i}", dict(zip(_PARTS, _PARTS, strict=True)), "norm"),
+        aliases={f"norms.3.{part}": f"norm.{part}" for part in ("weight", "bias")},
+        prefixes=EUPE_PREFIXES,
+        extras=EUPE_EXTRAS,
     ),
-    *(
-        row
-        for s in range(4)
-        for row in (
-            Tensor(f"params/stages_{s}/gamma", f"stages.{s}.{{i}}.gamma"),
-            *_affine(f"stages_{s}/dwconv", f"stages.{s}.{{i}}.dwconv", "kernel", "conv"),
-            *_affine(f"stages_{s}/norm", f"stages.{s}.{{i}}.norm", "scale", "copy"),
-            *_affine(f"stages_{s}/pwconv1", f"stages.{s}.{{i}}.pwconv1", "kernel", "linear"),
-            *_affine(f"stages_{s}/pwconv2", f"stages.{s}.{{i}}.pwconv2", "kernel", "linear"),
-        )
+    "transformers": Layout(
+        _table(
+            "stages.{s}.downsample_layers",
+            "stages.{s}.layers.{i}",
+            dict(zip(_PARTS, _HF_PARTS, strict=True)),
+            "layer_norm",
+        ),
+        renames={"model.stages.": "stages."},  # files and modules of one version have either
     ),
-    *_affine("norm", "norm", "scale", "copy"),
-)
+}
 
 _SIZES = {
     "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
@@ -214,12 +231,4 @@ SPECS = (
     _dinov3("large", "61fa432d"),
 )
 
-LAYOUTS = {
-    "official": Layout(
-        TABLE,
-        aliases={f"norms.3.{part}": f"norm.{part}" for part in ("weight", "bias")},
-        prefixes=EUPE_PREFIXES,
-        extras=EUPE_EXTRAS,
-    ),
-}
 FAMILY = Family("convnext", ConvNeXt, SPECS, _describe, LAYOUTS)

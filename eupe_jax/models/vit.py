@@ -18,6 +18,7 @@ from eupe_jax.models.layers import (
     LayerNorm,
     PatchEmbed,
     Scale,
+    check_fit,
     feed_forward,
     k_bias_mask,
     stack_blocks,
@@ -188,7 +189,12 @@ class VisionTransformer(nn.Module):
         }
 
     def __call__(self, images: jax.Array, train: bool = False, masks: jax.Array | None = None) -> dict[str, jax.Array]:
-        """[B, H, W, 3] -> {"cls": [B, D], "storage": [B, R, D], "patches": [B, h, w, D]}, float32; see `features`."""
+        """[B, H, W, 3] -> {"cls": [B, D], "storage": [B, R, D], "patches": [B, h, w, D]}, float32; see `features`.
+
+        Raises:
+          ValueError: as `features`, and for sides that are no multiple of the patch.
+        """
+        check_fit(images, self.patch_size)
         out = self.features(images, train=train, masks=masks)
         return {name: out[name] for name in ("cls", "storage", "patches")}
 
@@ -259,6 +265,61 @@ TABLE = (
     *_norm("local_cls_norm", "local_cls_norm"),
 )
 
+# Hugging Face's DINOv3ViTModel: one projection for each of queries, keys and values, periods computed from a base.
+_HF_K_BIAS = "layer.{i}.attention.k_proj.bias"
+TRANSFORMERS_TABLE = (
+    Tensor("params/cls_token", "embeddings.cls_token"),
+    Tensor("params/storage_tokens", "embeddings.register_tokens"),
+    Tensor("params/mask_token", "embeddings.mask_token", "batched"),
+    Tensor("params/patch_embed/kernel", "embeddings.patch_embeddings.weight", "conv"),
+    Tensor("params/patch_embed/bias", "embeddings.patch_embeddings.bias"),
+    *_norm("blocks/norm1", "layer.{i}.norm1"),
+    Tensor("params/blocks/attn/qkv/kernel", tuple(f"layer.{{i}}.attention.{p}_proj.weight" for p in "qkv"), "linear"),
+    Tensor("params/blocks/attn/qkv/bias", tuple(f"layer.{{i}}.attention.{p}_proj.bias" for p in "qkv")),
+    *_dense("blocks/attn/proj", "layer.{i}.attention.o_proj"),
+    Tensor("params/blocks/ls1/gamma", "layer.{i}.layer_scale1.lambda1"),
+    *_norm("blocks/norm2", "layer.{i}.norm2"),
+    *(
+        row
+        for ours, theirs in (("fc1", "up"), ("fc2", "down"), ("w1", "gate"), ("w2", "up"), ("w3", "down"))
+        for row in _dense(f"blocks/mlp/{ours}", f"layer.{{i}}.mlp.{theirs}_proj")
+    ),
+    Tensor("params/blocks/ls2/gamma", "layer.{i}.layer_scale2.lambda1"),
+    *_norm("norm", "norm"),
+)
+
+
+def _transformers_constants(module: VisionTransformer) -> dict[str, np.ndarray]:
+    """What their module always has: register tokens, be it none, and LayerScale."""
+    fixed = {}
+    if not module.num_storage_tokens:
+        fixed["embeddings.register_tokens"] = np.zeros((1, 0, module.embed_dim), np.float32)
+    if module.layerscale_init is None:
+        ones = np.ones(module.embed_dim, np.float32)
+        fixed |= {f"layer.{i}.layer_scale{k}.lambda1": ones for i in range(module.depth) for k in (1, 2)}
+    return fixed
+
+
+def _transformers_implied(module: VisionTransformer) -> dict[str, np.ndarray]:
+    ones = np.ones(module.embed_dim, np.float32)
+    implied = {"params/local_cls_norm/scale": ones, "params/local_cls_norm/bias": np.zeros_like(ones)}
+    if module.rope_base is not None:  # their only way to say it
+        implied["buffers/rope_periods"] = rope.rope_periods(module.embed_dim // module.num_heads, module.rope_base)
+    return implied
+
+
+LAYOUTS = {
+    "official": Layout(TABLE, _constants, prefixes=EUPE_PREFIXES, extras=EUPE_EXTRAS),
+    "transformers": Layout(
+        TRANSFORMERS_TABLE,
+        _transformers_constants,
+        absent=lambda module: {_HF_K_BIAS} if module.mask_k_bias else (),
+        implied=_transformers_implied,
+        unread=("params/local_cls_norm/scale", "params/local_cls_norm/bias"),
+        renames={"model.layer.": "layer."},  # files and modules of one version have either
+    ),
+}
+
 EUPE_LICENCE = "FAIR Noncommercial Research License"
 DINOV3_LICENCE = "DINOv3 License"
 
@@ -303,5 +364,4 @@ SPECS = (
     _spec("eupe_proxy", 1536, 50, 16, "", None, None, ffn_ratio=8960 / 1536),
 )
 
-LAYOUTS = {"official": Layout(TABLE, _constants, prefixes=EUPE_PREFIXES, extras=EUPE_EXTRAS)}
 FAMILY = Family("vit", VisionTransformer, SPECS, _describe, LAYOUTS)

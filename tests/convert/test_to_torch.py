@@ -1,5 +1,6 @@
 """Checkpoint to weights file: what is written, and that nothing is written when anything is wrong."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 torch = pytest.importorskip("torch")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
-from convert import gates, to_torch, weights  # noqa: E402
+from convert import gates, to_torch, transformers_layout, weights  # noqa: E402
+from eupe_jax.models import interchange, rope  # noqa: E402
 from eupe_jax.training.checkpoints import Checkpoints  # noqa: E402
 
 
@@ -66,6 +68,113 @@ def test_command_line_takes_a_training_checkpoint(checkpoint, vit, tmp_path, pho
     assert to_torch.main([*arguments, "--student", "second"]) == 0
     assert "max abs" in capsys.readouterr().out
     _same(weights.load(out).variables, vit.variables)
+
+
+def computed_periods(encoder):
+    """The encoder with the RoPE periods that its base gives, if it has any."""
+    if "buffers" not in encoder.variables:
+        return encoder
+    module = encoder.module
+    periods = rope.rope_periods(module.embed_dim // module.num_heads, module.rope_base)
+    return dataclasses.replace(encoder, variables=encoder.variables | {"buffers": {"rope_periods": periods}})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_official_files_have_the_names_and_shapes_of_the_authors(encoder, tmp_path, photographs, suffix):
+    out = tmp_path / f"student{suffix}"
+    to_torch.convert(encoder, out, photographs)
+    tensors = safetensors_numpy.load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
+    expected = interchange.state_dict_shapes(encoder.name, **encoder.overrides)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    if encoder.name == "eupe_vitt16":
+        mask = np.asarray(tensors["blocks.1.attn.qkv.bias_mask"]).reshape(3, -1)
+        assert mask.tolist() == [[1.0] * 64, [0.0] * 64, [1.0] * 64]
+        periods = encoder.variables["buffers"]["rope_periods"]
+        np.testing.assert_array_equal(tensors["rope_embed.periods"], periods)
+    else:
+        np.testing.assert_array_equal(tensors["norms.3.weight"], tensors["norm.weight"])
+
+
+def test_transformers_opens_the_folder_and_agrees(encoder, tmp_path, photographs, capsys):
+    transformers = pytest.importorskip("transformers")
+    source, out = tmp_path / "student.safetensors", tmp_path / "folder"
+    encoder = computed_periods(encoder)
+    to_torch.convert(encoder, source, photographs)
+    out.mkdir()  # an empty folder is no obstacle
+    arguments = ["--checkpoint", str(source), "--out", str(out), "--images", str(photographs)]
+    assert to_torch.main([*arguments, "--layout", "transformers"]) == 0
+    assert "Flax vs transformers, patches: max abs" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "student.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+
+    model = transformers.AutoModel.from_pretrained(out)
+    assert type(model).__name__ == {"eupe_vitt16": "DINOv3ViTModel"}.get(encoder.name, "DINOv3ConvNextModel")
+    images = gates.normalise(encoder, gates.load_images(photographs, 64, 96))
+    with torch.inference_mode():
+        cls = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output.numpy()
+    np.testing.assert_allclose(cls, gates.flax_features(encoder, images)["cls"], atol=1e-4)
+    if encoder.name == "eupe_vitt16":
+        assert (model.config.num_hidden_layers, model.config.rope_theta, model.config.key_bias) == (2, 100.0, False)
+    else:
+        assert (model.config.depths, model.config.hidden_sizes) == ([1, 1, 2, 1], [16, 32, 48, 64])
+    preprocessing = json.loads((out / "preprocessor_config.json").read_text())
+    assert preprocessing["size"] == {"height": 64, "width": 64} and preprocessing["image_mean"] == list(encoder.mean)
+
+    # Its own files, written again by transformers, and ours come back the same, but for the bias that nobody reads.
+    loaded = weights.load(out / "model.safetensors")
+    model.save_pretrained(tmp_path / "again")
+    again = interchange.from_state_dict(
+        encoder.name, safetensors_numpy.load_file(tmp_path / "again" / "model.safetensors"), **encoder.overrides
+    )
+    _same(loaded.variables, again)
+    if encoder.name == "eupe_vitt16":
+        bias, kept = encoder.variables["params"]["blocks"]["attn"]["qkv"]["bias"].reshape(2, 3, -1), [0, 2]
+        read = again["params"]["blocks"]["attn"]["qkv"]["bias"].reshape(2, 3, -1)
+        assert not read[:, 1].any() and bias[:, 1].any() and np.array_equal(read[:, kept], bias[:, kept])
+    else:
+        _same(again, encoder.variables)
+
+
+def test_what_transformers_cannot_hold_is_refused(vit, tmp_path, photographs):
+    def refused(encoder, words):
+        with pytest.raises(ValueError, match=words):
+            to_torch.convert(encoder, tmp_path / "out", photographs, "transformers")
+        assert not list(tmp_path.iterdir())
+
+    def changed(**overrides):
+        module = dataclasses.replace(computed_periods(vit).module, **overrides)
+        return dataclasses.replace(computed_periods(vit), module=module, overrides=vit.overrides | overrides)
+
+    refused(vit, r"rope_periods .* differs from what is computed instead by 0\.01")
+    rounded = rope.rope_periods(32).view(np.uint32) + 0x8000 & 0xFFFF0000
+    variables = vit.variables | {"buffers": {"rope_periods": rounded.view(np.float32)}}
+    refused(dataclasses.replace(vit, variables=variables), r"differs from what is computed instead by 0\.00")
+    refused(changed(rope_normalize_coords="max"), "rope_normalize_coords='max'")
+    refused(changed(rope_base=None, rope_min_period=1.0, rope_max_period=50.0), "rope_min_period")
+    tokens = {"params": {"cls_norm": vit.variables["params"]["norm"]} | vit.variables["params"]}
+    untied = changed(untie_cls_and_patch_norms=True)
+    refused(dataclasses.replace(untied, variables=untied.variables | tokens), "no place for params/cls_norm/")
+
+
+def test_folders_in_use_and_gates_that_fail_leave_no_trace(convnext, tmp_path, photographs, monkeypatch):
+    pytest.importorskip("transformers")
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "config.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="something in it"):
+        to_torch.convert(convnext, used, photographs, "transformers")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        to_torch.convert(convnext, tmp_path / "file", photographs, "transformers")
+    right = transformers_layout.config(convnext)
+    monkeypatch.setattr(transformers_layout, "config", lambda encoder: right | {"layer_norm_eps": 0.1})
+    with pytest.raises(gates.GateError, match="Flax and transformers disagree"):
+        to_torch.convert(convnext, tmp_path / "out", photographs, "transformers")
+    monkeypatch.setattr(transformers_layout, "config", lambda encoder: right | {"depths": [1, 1, 1, 1]})
+    with pytest.raises(ValueError, match="does not load what was written"):
+        to_torch.convert(convnext, tmp_path / "out", photographs, "transformers")
+    assert sorted(tmp_path.rglob("*")) == before and (used / "config.json").read_text() == "mine"
 
 
 def test_help_shows_an_example():
@@ -123,7 +232,7 @@ def _bad_files(encoder, folder):
     yield code, name, "cannot be read as weights"
     torch.save({"a": _Code()}, folder / "zipped_code.pt")
     yield folder / "zipped_code.pt", name, "cannot be read as weights"
-    torch.save({"model": {"a": torch.zeros(1)}}, folder / "nested.pt")
+    torch.save({"parts": {"a": torch.zeros(1)}}, folder / "nested.pt")
     yield folder / "nested.pt", name, "flat dict"
     torch.save({"a": torch.zeros(1)}, folder / "bare.pt")
     yield folder / "bare.pt", None, "--model"
