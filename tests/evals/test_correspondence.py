@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +319,16 @@ def test_matching_is_one_compiled_program(tmp_path):
     before = correspondence.match._cache_size()
     correspondence.run(PatchPixels(), data, settings)
     assert correspondence.match._cache_size() - before <= 1
+
+
+def test_floors_of_real_pairs():
+    """What needs no features is known for a small published-style set: 3.9% and 6.8%, averaged over images."""
+    root = Path(os.environ.get("EUPE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data")) / "pairs_like_spair"
+    if not root.is_dir():
+        pytest.skip(f"no keypoint pairs in {root}; set EUPE_DATA_DIR")
+    settings = dataclasses.replace(correspondence.STANDARD, side=512)
+    (pairs,) = correspondence.load(root, settings).pairs.values()
+    assert len(pairs) == 60 and sum(len(p.source_points) for p in pairs) == 960
+    unused = {p.name: np.zeros((len(p.source_points), 2)) for p in pairs}
+    row = correspondence._score("scene", pairs, unused, 512, settings)
+    assert (round(row["same_pixel"], 3), round(row["mean_point"], 3)) == (0.039, 0.068)
