@@ -34,6 +34,14 @@ def _reason(text: str) -> str:
     return found[0] if found and "Attempted" in text else text
 
 
+_arguments: list[str] = []
+
+
+def arguments() -> list[str]:
+    """What the command line names besides flags, for commands that take such (`run(main, arguments=True)`)."""
+    return list(_arguments)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(tuple(argv))
@@ -48,8 +56,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         fail(f"the config has no field {field!r} ({wanted[0] if wanted else 'in an override'}){near}")
     except EXPECTED_ERRORS + (TypeError, KeyError) as error:
         fail(f"cannot read the config or its overrides: {error}")
-    if len(rest) > 1:
-        fail(f"unexpected argument {rest[1]!r}: flags are given as --flag=value")
     return rest
 
 
@@ -65,10 +71,16 @@ def set_up_logging() -> None:
         logger.propagate = False
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs `main()` under absl. Bad input ends in one line and status 2; EUPE_TRACEBACK=1 shows the stack as well."""
+def run(main: Callable[[], None], *, arguments: bool = False) -> None:
+    """Runs `main()` under absl. Bad input ends in one line and status 2; EUPE_TRACEBACK=1 shows the stack as well.
 
-    def guarded(_: list[str]) -> None:
+    `arguments`: whether the command takes anything besides flags.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        _arguments[:] = argv[1:]
+        if _arguments and not arguments:
+            fail(f"unexpected argument {_arguments[0]!r}: flags are given as --flag=value")
         set_up_logging()
         try:
             main()
