@@ -7,11 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from eupe_jax.models import convnext, perception_encoder, siglip, vit
+from eupe_jax.models import convnext, dune, perception_encoder, radio, siglip, vit
 from eupe_jax.models.spec import EncoderSpec, Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (vit, convnext, perception_encoder, siglip)
+    module.FAMILY.name: module.FAMILY for module in (vit, convnext, perception_encoder, siglip, radio, dune)
 }
 _SPECS: dict[str, EncoderSpec] = {s.name: s for family in FAMILIES.values() for s in family.specs}
 

@@ -41,6 +41,14 @@ PARAMETERS = {
     "siglip2_so400m_patch16_512": 428_772_800,
     "siglip2_giant_opt_patch16_256": 1_163_168_256,
     "siglip2_giant_opt_patch16_384": 1_163_659_776,
+    "radio_v2_5_b": 98_233_344,
+    "radio_v2_5_l": 319_881_216,
+    "radio_v2_5_h": 651_642_880,
+    "dune_vits14_336": 21_753_600,
+    "dune_vits14_448": 21_925_632,
+    "dune_vitb14_336": 85_974_528,
+    "dune_vitb14_448": 86_318_592,
+    "dune_vitb14_448_paper": 86_318_592,
 }
 
 
