@@ -249,14 +249,12 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], fingerprint: str) 
       OSError: they cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         metadata = {"fingerprint": fingerprint, "sha256": _sha256(arrays)}
-        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+        temporary.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
         os.replace(temporary, path)
-    except safetensors.SafetensorError as e:
-        raise OSError(f"{path} cannot be written: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -283,5 +281,5 @@ def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}\n".encode())
-        digest.update(arrays[name].data.cast("B") if arrays[name].size else b"")
+        digest.update(arrays[name].tobytes() if arrays[name].ndim == 0 else np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()

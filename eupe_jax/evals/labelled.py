@@ -74,9 +74,16 @@ def load_split(folder: Path, split: str) -> LabelledImages:
     )
 
 
-def load_train_test(folder: Path) -> tuple[LabelledImages, LabelledImages]:
+class TrainTest(NamedTuple):
+    """The two splits of a set; same classes."""
+
+    train: LabelledImages
+    test: LabelledImages
+
+
+def load_train_test(folder: Path) -> TrainTest:
     """The training split, and whichever of "val", "validation" and "test" is there. Raises like `load_split`."""
-    return load_split(folder, "train"), load_test(folder)
+    return TrainTest(load_split(folder, "train"), load_test(folder))
 
 
 def load_test(folder: Path) -> LabelledImages:
