@@ -37,7 +37,8 @@ def import_leaves(
     """An encoder's variables from a state_dict, one leaf at a time.
 
     Names, shapes, dtypes and everything that the architecture fixes are checked before this function returns; a tensor
-    is only read while its leaf is being filled. The peak is one leaf and one tensor.
+    is only read while its leaf is being filled. The peak is one leaf and one tensor, for who lets go of a leaf before
+    asking for the next.
 
     Args:
       model: what messages call the encoder.
@@ -224,12 +225,16 @@ class _Row:
 
     def read(self, tensors: Mapping[str, Any]) -> np.ndarray:
         """The leaf, float32."""
-        leaf, shape, axes = np.zeros(self.leaf.shape, np.float32), self.part_shape, self.transform.axes
+        leaf = np.zeros(self.leaf.shape, np.float32)
         for name, part in self._parts(leaf):
             if name is not None:
-                array = np.asarray(tensors[name]).reshape(_permuted(shape, axes))
-                part[...] = array if axes is None else array.transpose(np.argsort(axes))
+                part[...] = self._ours(np.asarray(tensors[name]))  # in no variable: gone when the next one is read
         return leaf
+
+    def _ours(self, theirs: np.ndarray) -> np.ndarray:
+        axes = self.transform.axes
+        array = theirs.reshape(_permuted(self.part_shape, axes))
+        return array if axes is None else array.transpose(np.argsort(axes))
 
     def write(self, leaf: np.ndarray, state_dict: dict[str, np.ndarray]) -> list[str]:
         """Puts the leaf's tensors into `state_dict`; returns the path if a part that is not stored is not zero."""
