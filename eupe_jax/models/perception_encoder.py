@@ -1,4 +1,4 @@
-"""Perception Encoder vision towers (PE core and PE lang), from their published behaviour.
+"""Perception Encoder vision towers (PE core, PE lang and PE spatial), from their published behaviour.
 
 Two of EUPE's three stage-1 experts (EUPE §4.1) are of this family. They differ from the ViT of `vit.py` in an absolute
 position table, interleaved 2-D rotary positions on integer coordinates, a norm before the blocks, and attention
@@ -255,10 +255,12 @@ def _spec(name: str, hub: str, size: tuple[int, ...], **kwargs: Any) -> EncoderS
     )
 
 
-# The language-aligned towers are core towers cut before their last blocks, with LayerScale and nothing behind them.
-_LANG = {
-    "final_norm": False, "pool_heads": None, "layerscale_init": 0.1, "cls_output": "none", "patch_output": "raw"
-}
+# The spatially aligned towers are whole core towers with nothing behind them; only the largest has LayerScale. Its
+# settings are the authors' published ones, those of the smaller four were read in public copies of theirs and in timm.
+# The language-aligned towers are cut before their last blocks and all have LayerScale; "Tiling" is another training
+# of the same architecture.
+_SPATIAL = {"final_norm": False, "pool_heads": None, "cls_output": "none", "patch_output": "raw"}
+_LANG = {**_SPATIAL, "layerscale_init": 0.1}
 
 SPECS = (
     _spec("pe_core_t16_384", "PE-Core-T16-384", (192, 12, 3, 768, 16, 384), output_dim=512),
@@ -268,6 +270,20 @@ SPECS = (
     _spec("pe_core_g14_448", "PE-Core-G14-448", (1536, 50, 16, 8960, 14, 448), output_dim=1280, cls_token=False),
     _spec("pe_lang_l14_448", "PE-Lang-L14-448", (1024, 23, 16, 4096, 14, 448), **_LANG),
     _spec("pe_lang_g14_448", "PE-Lang-G14-448", (1536, 47, 16, 8960, 14, 448), cls_token=False, **_LANG),
+    _spec("pe_lang_l14_448_tiling", "PE-Lang-L14-448-Tiling", (1024, 23, 16, 4096, 14, 448), **_LANG),
+    _spec("pe_lang_g14_448_tiling", "PE-Lang-G14-448-Tiling", (1536, 47, 16, 8960, 14, 448), cls_token=False, **_LANG),
+    _spec("pe_spatial_t16_512", "PE-Spatial-T16-512", (192, 12, 3, 768, 16, 512), **_SPATIAL),
+    _spec("pe_spatial_s16_512", "PE-Spatial-S16-512", (384, 12, 6, 1536, 16, 512), **_SPATIAL),
+    _spec("pe_spatial_b16_512", "PE-Spatial-B16-512", (768, 12, 12, 3072, 16, 512), **_SPATIAL),
+    _spec("pe_spatial_l14_448", "PE-Spatial-L14-448", (1024, 24, 16, 4096, 14, 448), **_SPATIAL),
+    _spec(
+        "pe_spatial_g14_448",
+        "PE-Spatial-G14-448",
+        (1536, 50, 16, 8960, 14, 448),
+        cls_token=False,
+        layerscale_init=0.1,
+        **_SPATIAL,
+    ),
 )
 
 LAYOUTS = {"official": Layout(TABLE, within="visual.")}

@@ -28,6 +28,13 @@ PARAMETERS = {
     "pe_core_g14_448": 1_882_032_640,
     "pe_lang_l14_448": 291_415_040,
     "pe_lang_g14_448": 1_740_922_624,
+    "pe_lang_l14_448_tiling": 291_415_040,
+    "pe_lang_g14_448_tiling": 1_740_922_624,
+    "pe_spatial_t16_512": 5_683_200,
+    "pe_spatial_s16_512": 21_983_232,
+    "pe_spatial_b16_512": 86_433_792,
+    "pe_spatial_l14_448": 303_964_160,
+    "pe_spatial_g14_448": 1_851_887_104,
 }
 
 
@@ -58,6 +65,17 @@ def random_like(variables):
 
 def init(model, *inputs):
     return random_like(jax.eval_shape(model.init, jax.random.key(0), *inputs))
+
+
+def test_every_tower_has_a_known_size():
+    assert {spec.name for spec in pe.SPECS} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", [n for n in PARAMETERS if "spatial" in n])
+def test_spatial_towers_give_raw_patches_and_no_class_token(name):
+    spec, module = zoo.spec(name), zoo.build(name)
+    assert spec.cls_dim is None and not module.final_norm and module.pool_heads is None
+    assert module.cls_token == (name != "pe_spatial_g14_448") == (module.layerscale_init is None)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
