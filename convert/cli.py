@@ -16,3 +16,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--student", help="which student, where the checkpoint holds several")
     add("--model", help="zoo name, for a weights file that does not say which model it is")
     return made
+
+
+def one_line(error: Exception, limit: int = 600) -> str:
+    """An error as one line of bounded length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."

@@ -1,33 +1,26 @@
 """Encoders from weight files and back: the authors' tensor names, plus what it takes to feed the model."""
 
 import contextlib
-import hashlib
-import json
-import logging
-import math
+import dataclasses
 import os
-import pickle
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
+from convert.cli import one_line as one_line
 from convert.torch_convnext import ConvNeXt
 from convert.torch_vit import VisionTransformer
 from eupe_jax.models import interchange, zoo
-from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder
-
-logger = logging.getLogger(__name__)
-
-FORMAT = "eupe_jax.weights/1"
-TOKEN_LAYOUT = "class, storage, patches in rows from the top left"
-_REQUIRED = ("model", "overrides", "resolution", "mean", "std")
+from eupe_jax.training import weight_files
+from eupe_jax.training.checkpoints import TOKEN_LAYOUT, LoadedEncoder, load_encoder
+from eupe_jax.training.weight_files import FORMAT, digest
+from eupe_jax.training.weight_files import sidecar as sidecar
 
 
 def load(path: str | Path, student: str | None = None, model: str | None = None) -> LoadedEncoder:
@@ -41,79 +34,35 @@ def load(path: str | Path, student: str | None = None, model: str | None = None)
       FileNotFoundError: nothing at `path`.
       ValueError: no weights of ours or the authors', or they do not fit the model.
     """
-    path = Path(path)
-    if path.is_dir():
-        return load_encoder(path, student)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint folder and no weights file at {path}")
-    tensors, metadata = read(path)
-    if metadata is None:
-        if model is None:
-            raise ValueError(f"{path} does not say which model it holds: name it with --model, e.g. eupe_vitt16")
-        spec = zoo.spec(model)
-        metadata = {"model": model, "overrides": {}, "resolution": spec.resolution}
-        metadata |= {"mean": list(spec.mean), "std": list(spec.std)}
-    elif model not in (None, metadata["model"]):
-        raise ValueError(f"{path} holds {metadata['model']!r}, not {model!r}")
-    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["overrides"].items()}
-    try:
-        variables = interchange.from_state_dict(metadata["model"], tensors, **overrides)
-        module = zoo.build(metadata["model"], **overrides)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path}: {e}") from None
-    return LoadedEncoder(metadata["model"], overrides, module, variables, metadata, student or "")
+    if not weight_files.is_weights(path):
+        if Path(path).is_dir():
+            return _in_float32(load_encoder(path, student))
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no checkpoint folder and no weights file at {path}")
+    with weight_files.open_weights(path) as tensors:
+        described = weight_files.read_description(tensors)
+        if described is None:
+            if model is None:
+                raise ValueError(f"{path} does not say which model it holds: name it with --model, e.g. eupe_vitt16")
+            spec = zoo.spec(model)
+            described = {"model": model, "overrides": {}, "resolution": spec.resolution}
+            described |= {"mean": list(spec.mean), "std": list(spec.std)}
+        elif model not in (None, described["model"]):
+            raise ValueError(f"{path} holds {described['model']!r}, not {model!r}")
+        overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in described["overrides"].items()}
+        try:
+            variables = interchange.from_state_dict(described["model"], tensors, **overrides)
+            module = zoo.build(described["model"], **overrides)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}: {e}") from None
+        tensors.require_finite()
+    return LoadedEncoder(described["model"], overrides, module, variables, described, student or "")
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """Tensors as float32 and metadata (None where the file has none). Never runs code from the file.
-
-    Raises:
-      ValueError: unreadable, not a flat dict of floating-point tensors, non-finite values, or metadata that is
-        broken or of other weights.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                header = (file.metadata() or {}).get("eupe_jax")
-        elif path.suffix in (".pt", ".pth"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            header = sidecar(path).read_text() if sidecar(path).exists() else None
-        else:
-            raise ValueError(f"{path}: expected a checkpoint folder, .safetensors, .pt or .pth")
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as e:
-        raise ValueError(f"{path} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} is not a flat dict of tensors; save the bare state_dict of the backbone")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} ({tensor.dtype}) is not all finite floating-point numbers")
-    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
-    metadata = None if header is None else _parse(header, path)
-    if metadata and metadata.get("weights_sha256", "") != digest(arrays):
-        raise ValueError(f"{path} was changed: its weights are not those whose weights_sha256 its metadata gives")
-    return arrays, metadata
-
-
-def _parse(header: str, path: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(header)
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"format {metadata['format']!r}, expected {FORMAT!r}")
-        for name in _REQUIRED:
-            metadata[name]
-        side = metadata["resolution"]
-        if not isinstance(side, int) or side <= 0:
-            raise ValueError(f"resolution {side!r}")
-        for name in ("mean", "std"):
-            values = metadata[name]
-            if len(values) != 3 or not all(math.isfinite(v) and (v > 0 or name == "mean") for v in values):
-                raise ValueError(f"{name} {values!r}")
-        if not isinstance(metadata["model"], str) or not isinstance(metadata["overrides"], dict):
-            raise ValueError("model must be a name and overrides a dict")
-    except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"metadata of {path} is broken: {e}") from None
-    return metadata
+def _in_float32(encoder: LoadedEncoder) -> LoadedEncoder:
+    """The encoder with parameters in float32: checkpoints of teachers may hold kernels in bfloat16."""
+    variables = jax.tree.map(lambda x: x.astype(np.float32), encoder.variables)
+    return dataclasses.replace(encoder, variables=variables)
 
 
 def to_state_dict(encoder: LoadedEncoder) -> dict[str, np.ndarray]:
@@ -139,16 +88,6 @@ def to_module(encoder: LoadedEncoder) -> nn.Module:
     return VisionTransformer.from_state_dict(tensors, norm_eps=module.norm_eps)
 
 
-def digest(state_dict: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, shapes and float32 values, whatever the container: equal weights, equal digest."""
-    sha = hashlib.sha256()
-    for name in sorted(state_dict):
-        array = np.ascontiguousarray(state_dict[name], np.float32)
-        sha.update(f"{name} {list(array.shape)}\n".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
-
-
 def describe(encoder: LoadedEncoder) -> dict[str, Any]:
     """How to feed the encoder and where it comes from; goes with every file written."""
     spec = zoo.spec(encoder.name, **encoder.overrides)
@@ -168,11 +107,6 @@ def describe(encoder: LoadedEncoder) -> dict[str, Any]:
         "licence": spec.licence,
         "weights_sha256": digest(to_state_dict(encoder)),
     }
-
-
-def sidecar(path: Path) -> Path:
-    """Where the metadata of a .pt file lies."""
-    return path.with_name(path.name + ".json")
 
 
 def check_writable(path: Path) -> None:
@@ -202,9 +136,3 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def one_line(error: Exception, limit: int = 600) -> str:
-    """An error as one line of bounded length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[:limit] + " ..."

@@ -20,7 +20,7 @@ from eupe_jax.distill.teacher_spec import fingerprint as teacher_fingerprint
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import interchange, zoo
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import checkpoints
+from eupe_jax.training import checkpoints, weight_files
 from eupe_jax.training.fingerprint import fingerprint
 from eupe_jax.training.optimizer import make_optimizer
 
@@ -174,9 +174,10 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
     """Backbone (and adapters, where the source has them) from another run or an official file; fresh optimiser."""
     path = epath.Path(entry.init_from)
     backbone = {"params": student["params"]["backbone"], "buffers": student["buffers"]}
-    if path.suffix in (".safetensors", ".pt", ".pth"):
-        weights = read_weights(path)
-        variables = interchange.from_state_dict(entry.model, weights, **entry.overrides)
+    if weight_files.is_weights(entry.init_from):
+        with weight_files.open_weights(entry.init_from) as weights:
+            variables = interchange.from_state_dict(entry.model, weights, **entry.overrides)
+            weights.require_finite()
         variables = {"params": variables["params"], "buffers": variables.get("buffers", {})}
         variables = jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), variables, backbone)
         adapters = student["params"]["adapters"]
@@ -190,7 +191,8 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
             raise ValueError(f"students.{name}.init_from: {path} holds {held!r}, not {entry.model!r}")
         variables = checkpoints.restore_item(step, f"{source}.backbone", backbone)
         adapters = student["params"]["adapters"]
-        if entry.init_adapters:
+        take_adapters = entry.init_adapters and "adapters" in manifest["students"][source]
+        if take_adapters:
             try:
                 adapters = checkpoints.restore_item(step, f"{source}.adapters", adapters)
             except (ValueError, FileNotFoundError) as error:
@@ -198,30 +200,12 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
                     f"students.{name}.init_from: the adapters in {path} do not fit this run's teachers and "
                     f"adapter.hidden_dim; --config.students.{name}.init_adapters=False starts fresh ones"
                 ) from error
-        LOGGER.info("students.%s: backbone%s from %s", name, " and adapters" * entry.init_adapters, step)
+        LOGGER.info("students.%s: backbone%s from %s", name, " and adapters" * take_adapters, step)
     return {
         "params": {"backbone": variables["params"], "adapters": adapters},
         "buffers": variables["buffers"],
         "optimizer": student["optimizer"],
     }
-
-
-def read_weights(path: epath.PathLike) -> dict:
-    """An official weights file as numpy arrays: .safetensors, or .pt/.pth (needs torch; never unpickles code)."""
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        import safetensors.numpy
-
-        return safetensors.numpy.load(path.read_bytes())
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(f"reading {path} needs PyTorch: pip install 'eupe_jax[export]'") from error
-    with path.open("rb") as file:
-        state_dict = torch.load(file, map_location="cpu", weights_only=True)
-    return {k: v.float().numpy() for k, v in state_dict.items()}
 
 
 def find_statistics(config: ConfigDict, teachers: Mapping[str, Teacher]) -> dict[str, Statistics]:
@@ -275,7 +259,7 @@ def manifest(config: ConfigDict, teachers: Teachers, statistics: Mapping[str, St
             "cls_dim": spec.cls_dim,
             "patch_dim": spec.patch_dim,
             "num_storage_tokens": spec.num_storage_tokens,
-            "token_layout": "class, storage, patches in rows from the top left",
+            "token_layout": checkpoints.TOKEN_LAYOUT,
             "adapters": {
                 "hidden_dim": config.adapter.hidden_dim,
                 "eps": config.adapter.eps,

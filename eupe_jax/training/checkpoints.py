@@ -6,6 +6,10 @@ One Orbax step directory holds, apart so that each can be loaded alone:
   chain         {teacher: {"adapters", "statistics"}} of every teacher that was itself distilled: the way back to the
                 experts (zero-shot needs it). Never a teacher's backbone.
   manifest      JSON a person can read: models, resolution, pixel statistics, config, versions
+What convert/teachers_to_orbax.py writes from other hands' weights is such a directory with one student, "encoder",
+without adapters and optimizer, and perhaps with
+  text          the text tower that belongs to the encoder, {"params": {"text", "logit_scale"}}
+  extras        {name: array}, tensors of the file that are no part of the encoder
 """
 
 import dataclasses
@@ -24,10 +28,14 @@ from ml_collections import ConfigDict
 
 from eupe_jax.distill.normalization import Statistics
 from eupe_jax.distill.teachers import view
-from eupe_jax.models import zoo
+from eupe_jax.models import text_tower, zoo
+from eupe_jax.models.text_tower import ImageTextModel
 
 FORMAT = "eupe_jax/1"
 MANIFEST = "manifest"
+TEXT = "text"
+EXTRAS = "extras"
+TOKEN_LAYOUT = "class, storage, patches in rows from the top left"
 
 
 def versions() -> dict[str, str]:
@@ -178,6 +186,20 @@ def restore_item(step: epath.Path, item: str, target: Any | None = None) -> Any:
         return checkpointer.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
+def as_stored(step: epath.Path, item: str, target: Any) -> Any:
+    """`target`, abstract, in the types that the item is stored in: restoring then converts nothing."""
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
+    except (ValueError, OSError):
+        return target  # the restore will say what is wrong
+    types = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, types.get(jax.tree_util.keystr(path)) or leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, target)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedEncoder:
     """An encoder with its weights and with how to feed it.
@@ -235,7 +257,7 @@ def load_encoder(path: epath.PathLike, student: str | None = None, dtype: jnp.dt
 
     Args:
       student: which one, where the run trained several.
-      dtype: compute type; parameters stay as stored.
+      dtype: compute type; parameters keep the types they are stored in.
 
     Raises:
       FileNotFoundError: nothing there. ValueError: not ours, ambiguous, or damaged.
@@ -250,9 +272,33 @@ def load_encoder(path: epath.PathLike, student: str | None = None, dtype: jnp.dt
     side = int(entry["resolution"])
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     target = {"params": shapes["params"], "buffers": shapes.get("buffers", {})}
-    variables = restore_item(step, f"{name}.backbone", target)
+    variables = restore_item(step, f"{name}.backbone", as_stored(step, f"{name}.backbone", target))
     described = {**entry, "step": manifest["step"], "format": manifest["format"], "path": str(step)}
     return LoadedEncoder(entry["model"], overrides, module, variables, described, name)
+
+
+def load_image_text(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> tuple[ImageTextModel, dict, dict]:
+    """Both towers of a Perception Encoder core model, as convert/teachers_to_orbax.py keeps them.
+
+    Args:
+      dtype: compute type; parameters keep the types they are stored in.
+
+    Returns:
+      The model that scores images against texts, its variables, and the encoder's manifest entry (how to feed it).
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: not ours, damaged, or without a text tower.
+    """
+    encoder = load_encoder(path, dtype=dtype)
+    if TEXT not in encoder.manifest:
+        raise ValueError(f"{path} holds no text tower: convert a pe_core file that has one")
+    module = text_tower.build(encoder.name, dtype)
+    module = module.clone(visual=encoder.module, text=module.text.clone(**encoder.manifest[TEXT]["overrides"]))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *text_tower.FAMILY.example_inputs(module))
+    target = {"params": {k: v for k, v in shapes["params"].items() if k != "visual"}}
+    step = step_directory(path)
+    text = restore_item(step, TEXT, as_stored(step, TEXT, target))
+    return module, {"params": {"visual": encoder.variables["params"], **text["params"]}}, encoder.manifest
 
 
 def load_adapters(path: epath.PathLike, student: str | None = None) -> dict:
