@@ -234,8 +234,9 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
 
     def sample(record: int, iteration: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         pair = data.train[record]
-        rng = random_generator(settings.seed, iteration, position)
-        return augment(dense_data.read_rgb(pair), data.read_depth(pair), rng)
+        image, rng = dense_data.read_rgb(pair), random_generator(settings.seed, iteration, position)
+        depth_data.require_smallest(pair, image.size, augment.smallest())
+        return augment(image, data.read_depth(pair), rng)
 
     def batches(start: int, stop: int):
         return dense_data.training_batches(

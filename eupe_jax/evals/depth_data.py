@@ -58,7 +58,7 @@ def load(
     data = Data(tuple(train), tuple(test), divisor, dense_data.digest([*train, *test], divisor))
 
     def scan_train(pair: Pair) -> bool:
-        _require_smallest(pair, dense_data.read_rgb(pair).size, smallest)
+        require_smallest(pair, dense_data.read_rgb(pair).size, smallest)
         return bool(data.read_depth(pair).any())
 
     def scan_test(pair: Pair) -> bool:
@@ -73,7 +73,8 @@ def load(
     return data
 
 
-def _require_smallest(pair: Pair, size: tuple[int, int], smallest: tuple[int, int]) -> None:
+def require_smallest(pair: Pair, size: tuple[int, int], smallest: tuple[int, int]) -> None:
+    """Raises DataError where a training picture of `size` (width, height) is below `smallest` (height, width)."""
     if size[1] < smallest[0] or size[0] < smallest[1]:
         raise DataError(
             f"{pair.where}: {pair.image} has {size[1]}x{size[0]} pixels, training crops need at least "

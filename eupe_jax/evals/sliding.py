@@ -30,12 +30,21 @@ def window_boxes(height: int, width: int, crop: int, stride: int) -> tuple[Box, 
 
 
 def average_windows(windows: jax.Array, boxes: tuple[Box, ...], size: tuple[int, int]) -> jax.Array:
-    """[H, W, C]: the mean, at each pixel, of the windows [n, h, w, C] that cover it."""
+    """[H, W, C]: the mean, at each pixel, of the windows [n, h, w, C] that cover it.
+
+    Raises:
+      ValueError: some pixel is in no window.
+    """
     total = jnp.zeros((*size, windows.shape[-1]), jnp.float32)
     count = np.zeros((*size, 1), np.float32)
     for window, (y1, y2, x1, x2) in zip(windows, boxes, strict=True):
         total = total.at[y1:y2, x1:x2].add(window)
         count[y1:y2, x1:x2] += 1
+    if not count.all():
+        y1, y2, x1, x2 = boxes[0]
+        raise ValueError(
+            f"windows of {y2 - y1}x{x2 - x1} do not cover every pixel of {size[0]}x{size[1]}: lower the stride"
+        )
     return total / count
 
 
