@@ -61,7 +61,11 @@ def convert(
         weights.check_writable(out)
     else:
         raise ValueError(f"--out {out}: the name must end in .safetensors or .pt")
-    state_dict = interchange.to_state_dict(encoder.name, encoder.variables, layout=layout, **encoder.overrides)
+    try:
+        state_dict = interchange.to_state_dict(encoder.name, encoder.variables, layout=layout, **encoder.overrides)
+    except interchange.InterchangeError as e:
+        hint = "" if layout == "official" else "; --layout official keeps everything"
+        raise ValueError(f"{e}{hint}") from None
     photographs = gates.load_images(images, encoder.resolution, encoder.resolution)
     report = gate(encoder, weights.to_module(encoder), photographs)
     metadata = weights.describe(encoder) | {"layout": layout, "weights_sha256": weights.digest(state_dict)}

@@ -9,11 +9,11 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 import safetensors.numpy
-import torch
 
-from eupe_jax.models import convnext, layers, zoo
+from eupe_jax.models import convnext, layers, vit
 from eupe_jax.training.checkpoints import LoadedEncoder
 
 
@@ -23,10 +23,37 @@ def config(encoder: LoadedEncoder) -> dict[str, Any]:
     Raises:
       ValueError: the family, or a setting, does not exist there.
     """
-    module, family = encoder.module, zoo.spec(encoder.name, **encoder.overrides).family
-    if family not in _CONFIGS:
-        raise ValueError(f"{encoder.name} is of the family {family!r}; transformers takes only {', '.join(_CONFIGS)}")
-    return {"image_size": encoder.resolution, "num_channels": 3, "dtype": "float32", **_CONFIGS[family](module)}
+    if type(encoder.module) not in _CONFIGS:
+        raise ValueError(f"{encoder.name} does not convert to transformers, only the families vit and convnext")
+    made = _CONFIGS[type(encoder.module)](encoder.module)
+    return {"image_size": encoder.resolution, "num_channels": 3, "dtype": "float32", **made}
+
+
+def check_config(weights: str | os.PathLike, module: nn.Module) -> None:
+    """Holds the config.json of a transformers model against the module that its weights are to fill.
+
+    Weights alone do not tell: another `rope_theta` or number of heads has the same tensors.
+
+    Args:
+      weights: the folder of the model, or a file in it. Without a config.json there is nothing to check.
+
+    Raises:
+      ValueError: it is no JSON, or of another model; the message names every field that differs.
+    """
+    path = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    path = path / "config.json"
+    if type(module) not in _CONFIGS or not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object")
+    expected = {k: v for k, v in _CONFIGS[type(module)](module).items() if k not in _TRAINING_ONLY}
+    wrong = [f"{k} is {found[k]!r}, not {v!r}" for k, v in expected.items() if k in found and found[k] != v]
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
 
 
 def _vit_config(module: Any) -> dict[str, Any]:
@@ -74,7 +101,16 @@ def _convnext_config(module: Any) -> dict[str, Any]:
     }
 
 
-_CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {"vit": _vit_config, "convnext": _convnext_config}
+_CONFIGS = {vit.VisionTransformer: _vit_config, convnext.ConvNeXt: _convnext_config}
+# Fields that say how a model starts or is trained, or which part of it was saved.
+_TRAINING_ONLY = (
+    "architectures",
+    "layerscale_value",
+    "layer_scale_init_value",
+    "pos_embed_shift",
+    "pos_embed_jitter",
+    "pos_embed_rescale",
+)
 
 
 def preprocessor_config(encoder: LoadedEncoder) -> dict[str, Any]:
@@ -141,6 +177,7 @@ def features(folder: Path, pixels_NxHxWx3: np.ndarray) -> dict[str, np.ndarray]:
     Raises:
       ValueError: weights are missing, or left over.
     """
+    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

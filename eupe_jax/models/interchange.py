@@ -149,7 +149,7 @@ def family_export(
             dropped.append(path)
         else:
             gap = np.max(np.abs(value - expected) / np.abs(expected))
-            problems.append(f"{path} cannot be stored and differs from what is computed instead by {gap:.2g} of it")
+            problems.append(f"{path} is computed in this layout, not stored, and would change by up to {gap:.2%}")
     problems += [f"unexpected {path} {list(np.shape(value))}" for path, value in flat.items()]
     if problems:
         raise InterchangeError(model, problems)

@@ -145,15 +145,34 @@ def test_what_transformers_cannot_hold_is_refused(vit, tmp_path, photographs):
         module = dataclasses.replace(computed_periods(vit).module, **overrides)
         return dataclasses.replace(computed_periods(vit), module=module, overrides=vit.overrides | overrides)
 
-    refused(vit, r"rope_periods .* differs from what is computed instead by 0\.01")
+    refused(vit, r"rope_periods is computed .* change by up to 1\.00%.*; --layout official keeps everything")
     rounded = rope.rope_periods(32).view(np.uint32) + 0x8000 & 0xFFFF0000
     variables = vit.variables | {"buffers": {"rope_periods": rounded.view(np.float32)}}
-    refused(dataclasses.replace(vit, variables=variables), r"differs from what is computed instead by 0\.00")
+    refused(dataclasses.replace(vit, variables=variables), r"would change by up to 0\.[1-3]")
     refused(changed(rope_normalize_coords="max"), "rope_normalize_coords='max'")
     refused(changed(rope_base=None, rope_min_period=1.0, rope_max_period=50.0), "rope_min_period")
     tokens = {"params": {"cls_norm": vit.variables["params"]["norm"]} | vit.variables["params"]}
     untied = changed(untie_cls_and_patch_norms=True)
     refused(dataclasses.replace(untied, variables=untied.variables | tokens), "no place for params/cls_norm/")
+
+
+def test_a_config_of_another_model_is_noticed(encoder, tmp_path):
+    config = transformers_layout.config(encoder)
+    path, module = tmp_path / "config.json", encoder.module
+    transformers_layout.check_config(tmp_path, module)  # none there: nothing to say
+    path.write_text(json.dumps(config | {"layerscale_value": 7.0, "layer_scale_init_value": 7.0, "image_size": 8}))
+    for weights_path in (tmp_path, tmp_path / "model.safetensors"):
+        transformers_layout.check_config(weights_path, module)
+    key = "rope_theta" if "rope_theta" in config else "layer_norm_eps"
+    path.write_text(json.dumps(config | {key: 0.5}))
+    with pytest.raises(ValueError, match=rf"config.json: {key} is 0.5, not {config[key]}"):
+        transformers_layout.check_config(tmp_path, module)
+    path.write_text(json.dumps(config | {"model_type": "siglip"}))
+    with pytest.raises(ValueError, match="model_type is 'siglip'"):
+        transformers_layout.check_config(tmp_path, module)
+    path.write_text("[")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        transformers_layout.check_config(tmp_path, module)
 
 
 def test_folders_in_use_and_gates_that_fail_leave_no_trace(convnext, tmp_path, photographs, monkeypatch):

@@ -1,4 +1,4 @@
-"""Encoders against Hugging Face transformers' DINOv3, an independent implementation, through the layout of its names."""
+"""Encoders against Hugging Face transformers' DINOv3, an independent implementation, through the layout of its own."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ STUDENTS = [name for name in zoo.names() if name.startswith("eupe_") and name !=
 
 
 def theirs(module, family):
-    """Their model of the same shape, every parameter random and at a scale where leaving it out shows."""
+    """Their model of the same shape."""
     if family == "vit":
         config = transformers.DINOv3ViTConfig(
             patch_size=module.patch_size,
@@ -46,6 +46,11 @@ def theirs(module, family):
     else:
         config = transformers.DINOv3ConvNextConfig(hidden_sizes=list(module.dims), depths=list(module.depths))
         model = transformers.DINOv3ConvNextModel(config)
+    return model
+
+
+def randomise(model):
+    """Fills every parameter at a scale where leaving it out shows."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -61,7 +66,7 @@ def theirs(module, family):
 
 def assert_same_features(name, overrides, sizes, tolerance):
     module, spec = zoo.build(name, **overrides), zoo.spec(name, **overrides)
-    model = theirs(module, spec.family)
+    model = randomise(theirs(module, spec.family))
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
     variables = interchange.from_state_dict(name, tensors, **overrides)
     apply = jax.jit(module.apply)
@@ -89,6 +94,14 @@ def test_small_vits(case):
 )
 def test_small_convnexts(depths, dims):
     assert_same_features("eupe_convnext_tiny", {"depths": depths, "dims": dims}, [(64, 64), (96, 64)], 2e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.names() if zoo.spec(n).family in ("vit", "convnext")])
+def test_names_and_shapes_of_every_published_model(name):
+    with torch.device("meta"):
+        model = theirs(zoo.build(name), zoo.spec(name).family)
+    shapes = {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert interchange.state_dict_shapes(name, layout="transformers") == shapes
 
 
 @pytest.mark.slow
