@@ -15,6 +15,7 @@ import numpy as np
 
 from eupe_jax.models.attention_pool import AttentionPool
 from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
+from eupe_jax.models.positions import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, attention_rows, mlp_rows, norm_rows
 
@@ -49,15 +50,6 @@ def rotate_interleaved(x_BxTxHxD: jax.Array, sin_NxD: jax.Array, cos_NxD: jax.Ar
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
     x = x * cos_NxD[None, :, None] + turned * sin_NxD[None, :, None]
     return jnp.concatenate([prefix, x.astype(prefix.dtype)], axis=1)
-
-
-def resize_positions(table_NxD: jax.Array, grid: int, height: int, width: int) -> jax.Array:
-    """A `grid x grid` position table (row-major) at `height x width`: bilinear, half-pixel centres, no antialiasing."""
-    if (height, width) == (grid, grid):
-        return table_NxD
-    dim = table_NxD.shape[-1]
-    resized = jax.image.resize(table_NxD.reshape(grid, grid, dim), (height, width, dim), "linear", antialias=False)
-    return resized.reshape(height * width, dim)
 
 
 class PerceptionEncoder(nn.Module):
@@ -188,7 +180,7 @@ class PerceptionEncoder(nn.Module):
         grid, n_cls = self.image_size // self.patch_size, int(self.cls_token)
         init = nn.initializers.normal(self.width**-0.5)
         positions = self.param("pos_embed", init, (grid * grid + n_cls, self.width))
-        x = x + resize_positions(positions[n_cls:], grid, h, w).astype(x.dtype)
+        x = x + resize_positions(positions[n_cls:], (h, w), "bilinear").astype(x.dtype)
         if not self.cls_token:
             return x
         cls = self.param("cls_token", init, (self.width,)) + positions[0]

@@ -45,9 +45,7 @@ def resize_positions(
 
 
 @functools.lru_cache(maxsize=64)
-def _matrix(
-    n_in: int, n_out: int, method: str, align_corners: bool, antialias: bool, offset: float
-) -> np.ndarray:
+def _matrix(n_in: int, n_out: int, method: str, align_corners: bool, antialias: bool, offset: float) -> np.ndarray:
     """float32 [n_out, n_in]: one axis of the interpolation."""
     if method not in METHODS:
         raise ValueError(f"position tables are interpolated by {' or '.join(METHODS)}, not {method!r}")

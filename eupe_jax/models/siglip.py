@@ -160,7 +160,11 @@ SIZES = {
 def _spec(size: str, patch_size: int, image_size: int) -> EncoderSpec:
     width, depth, heads, mlp_dim = SIZES[size]
     kwargs = {
-        "width": width, "depth": depth, "num_heads": heads, "mlp_dim": mlp_dim, "patch_size": patch_size,
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_dim": mlp_dim,
+        "patch_size": patch_size,
         "image_size": image_size,
     }
     return EncoderSpec(

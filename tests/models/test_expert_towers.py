@@ -53,7 +53,9 @@ def test_odd_grids_have_the_described_widths_and_follow_the_image(name):
     spec = zoo.spec(name, **SMALL[name])
     found = outputs(name)
     assert {key: value.shape for key, value in found.items()} == {
-        "cls": (2, spec.cls_dim), "storage": (2, spec.num_storage_tokens, 32), "patches": (2, 3, 5, 32)
+        "cls": (2, spec.cls_dim),
+        "storage": (2, spec.num_storage_tokens, 32),
+        "patches": (2, 3, 5, 32),
     }
     assert all(value.dtype == jnp.float32 for value in found.values())
     changed = images().at[1, :8, 32:].add(1.0)  # the corner patch of the second image
@@ -88,9 +90,7 @@ def test_memory_and_loop_options_change_no_number(name):
     for options in ({"remat": "full", "attention_fn": layers.plain_attention}, {"remat": "names", "scan_unroll": 2}):
         other_value, other_grads = gradient(build(name, **options))
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(other_grads), jax.tree.leaves(grads), strict=True
-        ):
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(other_grads), jax.tree.leaves(grads), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5, err_msg=str(path))
 
 

@@ -196,16 +196,6 @@ def test_rope_leaves_the_class_token_alone():
     assert not np.allclose(turned[:, 1], x[:, 1], atol=1e-2)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (7, 5), (2, 3), (9, 2)])
-def test_position_table_is_interpolated_like_torch(size):
-    torch = pytest.importorskip("torch")
-    table = np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)
-    image = torch.from_numpy(table).reshape(1, 4, 4, 6).permute(0, 3, 1, 2)
-    expected = torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)
-    found = pe.resize_positions(jnp.asarray(table), 4, *size)
-    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).reshape(-1, 6).numpy(), atol=1e-6)
-
-
 def test_memory_and_loop_options_change_no_number():
     model = tiny(layerscale_init=0.5)
     variables = init(model, images())

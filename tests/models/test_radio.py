@@ -82,8 +82,15 @@ def test_features_are_those_of_transformers_at_any_size(tmp_path):
 
 def test_another_shape(tmp_path):
     kwargs = {
-        "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 96, "patch_size": 4, "max_image_size": 20,
-        "num_cls_tokens": 3, "summary": (2, 0), "num_registers": 7,
+        "width": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "mlp_dim": 96,
+        "patch_size": 4,
+        "max_image_size": 20,
+        "num_cls_tokens": 3,
+        "summary": (2, 0),
+        "num_registers": 7,
     }
     encoder = zoo.build("radio_v2_5_h", **kwargs)
     model = theirs(encoder, seed=1)
