@@ -5,7 +5,7 @@ statistics, and goes on through the proxy's adapters to the experts: the chain t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,30 @@ class Hop:
     """The adapters of one distilled encoder to its teachers, and those teachers' statistics.
 
     statistics: {teacher: {"mean": {kind: [D]}, "std": {kind: [D]}}}.
+    fingerprints: {teacher: digest of its weights, token choice and pixel normalisation}, as the statistics record it.
     """
 
     bank: AdapterBank
     params: Mapping
     statistics: Mapping
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, description: Mapping, params: Mapping, statistics: Mapping) -> "Hop":
-        """From a manifest's "adapters" entry and the arrays that belong to it."""
+    def of(cls, description: Mapping, params: Mapping, statistics: Mapping, headers: Mapping | None = None) -> "Hop":
+        """From a manifest's "adapters" entry, the arrays that belong to it and the headers of the statistics."""
         bank = AdapterBank(description["hidden_dim"], description["out_dims"], description["eps"])
-        return cls(bank, params, statistics)
+        fingerprints = {name: header["provenance"]["teacher"] for name, header in (headers or {}).items()}
+        return cls(bank, params, statistics, fingerprints)
+
+    @property
+    def widths(self) -> dict[str, dict[str, int]]:
+        """{teacher: {kind: width}} of its predictions."""
+        return {teacher: dict(kinds) for teacher, kinds in self.bank.out_dims.items()}
+
+    def only(self, *kinds: str) -> "Hop":
+        """The same for some token kinds; teachers that have none of them are left out."""
+        chosen = {t: {k: n for k, n in widths.items() if k in kinds} for t, widths in self.widths.items()}
+        return replace(self, bank=self.bank.clone(out_dims={t: widths for t, widths in chosen.items() if widths}))
 
     def __call__(self, tokens: Tokens) -> dict[str, dict[str, jax.Array]]:
         """Predictions of every teacher's tokens, in that teacher's normalised space."""
@@ -43,17 +56,28 @@ class Hop:
 
 
 def load_chain(path: epath.PathLike, student: str | None = None) -> list[Hop]:
-    """The hops from a checkpoint's student to the experts: one for a proxy, two for a student of a proxy."""
+    """The hops from a checkpoint's student to the experts: one for a proxy, two for a student of a proxy.
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: not ours, ambiguous, or an encoder without adapters.
+    """
     step = checkpoints.step_directory(path)
     manifest = checkpoints.read_manifest(step)
     entry = manifest["students"][checkpoints.pick_student(manifest, student, path)]
+    if not entry.get("adapters"):
+        raise ValueError(f"{path} holds an encoder without adapters: only what was distilled has a way to its experts")
     statistics = checkpoints.restore_item(step, "statistics")
-    hops = [Hop.of(entry["adapters"], checkpoints.load_adapters(path, student), statistics)]
+    params = checkpoints.load_adapters(path, student)
+    hops = [Hop.of(entry["adapters"], params, statistics, manifest["statistics"])]
     if manifest["chain"]:
         arrays = checkpoints.restore_item(step, "chain")
-        (teacher,) = manifest["chain"]  # a student of several proxies has no single way back
-        header = manifest["chain"][teacher]
-        hops.append(Hop.of(header["adapters"], arrays[teacher]["adapters"], arrays[teacher]["statistics"]))
+        if len(manifest["chain"]) > 1:
+            raise ValueError(
+                f"{path}: a student of several proxies ({sorted(manifest['chain'])}) has no single way back"
+            )
+        ((teacher, header),) = manifest["chain"].items()
+        found = arrays[teacher]
+        hops.append(Hop.of(header["adapters"], found["adapters"], found["statistics"], header["statistics"]))
     return hops
 
 
