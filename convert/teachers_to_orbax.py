@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from convert import cli
 from eupe_jax.models import interchange, text_tower, zoo
-from eupe_jax.models.spec import EncoderSpec, Family
+from eupe_jax.models.spec import EncoderSpec
 from eupe_jax.training import checkpoints, streaming, weight_files
 from eupe_jax.training.weight_files import WeightFile
 
@@ -46,13 +45,14 @@ _DISK_MARGIN = 1.02  # of what the arrays take: chunk tables, manifests
 
 @dataclass(frozen=True)
 class Plan:
-    """What a file holds of a model: the module it fills, and which items of the checkpoint its variables go to.
+    """What a file holds of a model, and where in the checkpoint it goes.
 
-    items: item -> tree of `ComingLeaf`. extras: tensors of the file that are no part of the module.
+    layout: whose names the file has. arrays: iterator over the leaves. items: item -> tree of `ComingLeaf`.
+    extras: tensors of the file that are no part of the model. text: manifest entry of the text tower, if there is one.
     """
 
-    family: Family
-    module: nn.Module
+    layout: str
+    arrays: Iterator[tuple[str, np.ndarray]]
     items: dict[str, Any]
     extras: dict[str, Any]
     text: dict[str, Any] | None
@@ -102,19 +102,14 @@ def convert(
         overrides = {**_hashable(described.get("overrides", {})), **overrides}
         spec = zoo.spec(model, **overrides)
         plan = _plan(spec, overrides, weights, DTYPES[dtype], adapters, text_overrides or {})
-        layout = interchange.detect_layout(plan.family, weights)
-        try:
-            leaves = interchange.import_leaves(model, plan.family, plan.module, weights, layout)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint}: {error}") from None
         _require_disk(out, plan.nbytes)
         source = {
             "files": weights.sha256,
-            "layout": layout,
+            "layout": plan.layout,
             "left_out": [] if adapters else sorted(plan.extras),
         }
         manifest = _manifest(spec, overrides, described, plan, dtype, source)
-        _write(out, plan, _stream(weights, plan, leaves, adapters), manifest)
+        _write(out, plan, _stream(weights, plan, adapters), manifest)
     return manifest
 
 
@@ -133,6 +128,11 @@ def _plan(
         module = both.clone(visual=module, text=both.text.clone(**text_overrides))
         family, text = text_tower.FAMILY, {"overrides": dict(text_overrides)}
         extras = interchange.extras(family, weights)
+    layout = interchange.detect_layout(family, weights)
+    try:
+        arrays = interchange.import_leaves(spec.name, family, module, weights, layout)
+    except ValueError as error:
+        raise ValueError(f"{weights.path}: {error}") from None
     image = jax.ShapeDtypeStruct((1, spec.resolution, spec.resolution, 3), np.float32)
     inputs = family.example_inputs(module) if family.example_inputs else (image,)
     flat = traverse_util.flatten_dict(dict(jax.eval_shape(module.init, jax.random.key(0), *inputs)), sep="/")
@@ -151,7 +151,7 @@ def _plan(
         if not extras:
             raise ValueError(f"{weights.path} holds nothing beside the encoder: leave out --adapters")
         items[checkpoints.EXTRAS] = {n: streaming.ComingLeaf(n, t.shape, t.dtype) for n, t in extras.items()}
-    return Plan(family, module, items, extras, text)
+    return Plan(layout, arrays, items, extras, text)
 
 
 def _image_text(name: str) -> text_tower.ImageTextModel | None:
@@ -162,14 +162,12 @@ def _image_text(name: str) -> text_tower.ImageTextModel | None:
         return None
 
 
-def _stream(
-    weights: WeightFile, plan: Plan, leaves: Iterator[tuple[str, np.ndarray]], adapters: bool
-) -> Iterator[tuple[str, np.ndarray]]:
+def _stream(weights: WeightFile, plan: Plan, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays in the types announced; refuses values that are not finite, naming all tensors that have some."""
     types = {leaf.name: leaf.dtype for leaf in plan.leaves}
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        yield from leaves
+        yield from plan.arrays
         if adapters:
             yield from ((name, np.asarray(tensor)) for name, tensor in plan.extras.items())
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -274,7 +275,9 @@ def _add_torch(weights: WeightFile, path: Path) -> None:
         ) from error
     mapped = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old ways to write the file, which its reader cannot change
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = _first_line(error)
         if "weights only" in reason.lower() or "weights_only" in reason:
