@@ -1,5 +1,7 @@
 """DUNE's trunk against transformers' independent DINOv2 with registers; its positions against PyTorch."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -100,7 +102,8 @@ def test_positions_are_interpolated_with_the_offset():
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     table = np.random.default_rng(0).standard_normal((26, 48)).astype(np.float32)
     variables["params"]["pos_embed"] = table
-    tokens = encoder.apply(variables, np.zeros((1, 21, 49, 3), np.float32), method="features")["prenorm"][0]
+    features = jax.jit(functools.partial(encoder.apply, method="features"))
+    tokens = features(variables, np.zeros((1, 21, 49, 3), np.float32))["prenorm"][0]
     image = torch.from_numpy(table[1:]).reshape(1, 5, 5, 48).permute(0, 3, 1, 2)
     patches = torch.nn.functional.interpolate(image, scale_factor=(3.1 / 5, 7.1 / 5), mode="bicubic")
     np.testing.assert_allclose(tokens[5:], patches.permute(0, 2, 3, 1).reshape(21, 48).numpy(), atol=2e-6)
@@ -112,8 +115,8 @@ def test_outputs_may_skip_the_final_norm():
     encoder = zoo.build(NAME, **SMALL)
     variables = interchange.from_state_dict(NAME, authors_names(theirs(encoder)), **SMALL)
     x = np.random.default_rng(0).standard_normal((1, 35, 35, 3)).astype(np.float32)
-    out = encoder.apply(variables, x, layers=(-1,), method="features")
-    raw = zoo.build(NAME, **SMALL, final_norm=False).apply(variables, x)
+    out = jax.jit(functools.partial(encoder.apply, layers=(-1,), method="features"))(variables, x)
+    raw = jax.jit(zoo.build(NAME, **SMALL, final_norm=False).apply)(variables, x)
     for key in ("cls", "storage", "patches"):
         np.testing.assert_allclose(raw[key], out["layers_prenorm"][0][key], atol=1e-5)
         np.testing.assert_allclose(out[key], out["layers"][0][key], atol=1e-5)

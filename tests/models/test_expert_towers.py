@@ -44,8 +44,13 @@ def variables_of(name):
 
 
 @functools.cache
+def compiled(name):
+    return jax.jit(build(name).apply)
+
+
+@functools.cache
 def outputs(name):
-    return jax.jit(build(name).apply)(variables_of(name), images())
+    return compiled(name)(variables_of(name), images())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,7 +64,7 @@ def test_odd_grids_have_the_described_widths_and_follow_the_image(name):
     }
     assert all(value.dtype == jnp.float32 for value in found.values())
     changed = images().at[1, :8, 32:].add(1.0)  # the corner patch of the second image
-    after = build(name).apply(variables_of(name), changed, train=True)
+    after = compiled(name)(variables_of(name), changed)
     moved = jnp.abs(after["patches"] - found["patches"]).max(axis=-1)
     assert float(moved[0].max()) < 1e-5 and jnp.unravel_index(jnp.argmax(moved[1]), (3, 5)) == (0, 4)
     assert float(jnp.abs(after["cls"][1] - found["cls"][1]).max()) > 1e-4
@@ -79,7 +84,7 @@ def test_any_size_can_be_traced(name):
 def test_memory_and_loop_options_change_no_number(name):
     def gradient(encoder):
         def loss(variables):
-            out = encoder.apply(variables, images())
+            out = encoder.apply(variables, images(), train=True)
             return sum(jnp.sum(jnp.sin(value)) for value in out.values())
 
         return jax.jit(jax.value_and_grad(loss))(variables_of(name))
@@ -87,11 +92,11 @@ def test_memory_and_loop_options_change_no_number(name):
     value, grads = gradient(build(name))
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert bool(jnp.any(leaf != 0)) == (path[-1].key not in UNREAD), path
-    for options in ({"remat": "full", "attention_fn": layers.plain_attention}, {"remat": "names", "scan_unroll": 2}):
-        other_value, other_grads = gradient(build(name, **options))
-        np.testing.assert_allclose(other_value, value, rtol=1e-5)
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(other_grads), jax.tree.leaves(grads), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5, err_msg=str(path))
+    options = {"remat": "names", "scan_unroll": 2, "attention_fn": layers.plain_attention}
+    other_value, other_grads = gradient(build(name, **options))
+    np.testing.assert_allclose(other_value, value, rtol=1e-5)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(other_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,7 +126,8 @@ def test_attention_fn_sees_the_whole_sequence(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_chosen_layers_end_in_the_output(name):
-    full = build(name).apply(variables_of(name), images(), layers=(0, -1), method="features")
+    features = functools.partial(build(name).apply, layers=(0, -1), method="features")
+    full = jax.jit(features)(variables_of(name), images())
     first, last = full["layers"]
     np.testing.assert_allclose(last["patches"], outputs(name)["patches"], atol=1e-5)
     assert first["patches"].shape == last["patches"].shape

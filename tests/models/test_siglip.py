@@ -1,5 +1,7 @@
 """SigLIP 2 towers against transformers' independent implementation, with random weights, through its names."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def assert_equal_features(name, kwargs, sizes, tolerance, **overrides):
 
 def test_features_are_those_of_transformers_at_any_size():
     # The native 44 is no multiple of the patch: five patches, and four pixels that nobody reads.
-    assert_equal_features("siglip2_base_patch16_224", SMALL, [(44, 44), (40, 64), (16, 24), (8, 8)], 2e-5, **SMALL)
+    assert_equal_features("siglip2_base_patch16_224", SMALL, [(44, 44), (40, 64), (16, 8)], 2e-5, **SMALL)
 
 
 def test_another_shape():
@@ -79,13 +81,14 @@ def test_layers_are_their_hidden_states():
     x = np.random.default_rng(0).standard_normal((1, 40, 40, 3)).astype(np.float32)
     encoder = zoo.build(NAMES[0], **SMALL)
     raw, normed = (
-        encoder.apply(variables, x, layers=(0, -1), norm_layers=norm, method="features") for norm in (False, True)
+        jax.jit(functools.partial(encoder.apply, layers=(0, -1), norm_layers=norm, method="features"))(variables, x)
+        for norm in (False, True)
     )
     with torch.no_grad():
         states = model(torch.from_numpy(x).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
     for found, expected in zip(raw["layers"], (states[1], states[3]), strict=True):
         np.testing.assert_allclose(found["patches"].reshape(1, 25, -1), expected.numpy(), atol=2e-5)
-    np.testing.assert_array_equal(normed["layers"][-1]["patches"], raw["patches"])
+    np.testing.assert_allclose(normed["layers"][-1]["patches"], raw["patches"], atol=1e-5)
     np.testing.assert_allclose(raw["layers"][-1]["patches"].reshape(1, 25, -1), raw["prenorm"], atol=1e-6)
 
 
