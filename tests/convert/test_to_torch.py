@@ -135,6 +135,24 @@ def test_transformers_opens_the_folder_and_agrees(encoder, tmp_path, photographs
         _same(again, encoder.variables)
 
 
+def test_without_transformers_the_folder_is_written_and_the_missing_check_is_told(
+    convnext, tmp_path, photographs, capsys, monkeypatch
+):
+    to_torch.convert(convnext, tmp_path / "student.pt", photographs)
+    monkeypatch.setattr(transformers_layout, "available", lambda: False)
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "student.pt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--layout",
+        "transformers",
+    ]
+    assert to_torch.main([*arguments, "--images", str(photographs)]) == 0
+    assert "transformers is not installed here" in capsys.readouterr().out
+    _same(weights.load(tmp_path / "out" / "model.safetensors").variables, convnext.variables)
+
+
 def test_what_transformers_cannot_hold_is_refused(vit, tmp_path, photographs):
     def refused(encoder, words):
         with pytest.raises(ValueError, match=words):
