@@ -144,6 +144,7 @@ def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "patch_dim": module.width,
         "patch_size": module.patch_size,
         "num_storage_tokens": module.num_registers,
+        "resolution": module.image_size,
     }
 
 
@@ -172,7 +173,6 @@ def _spec(name: str, file: str, width: int, heads: int, image_size: int) -> Enco
         "dune",
         kwargs,
         **_describe(kwargs),
-        resolution=image_size,
         licence="not verified; see the LICENSE of github.com/naver/dune",
         hub_repo=DOWNLOADS,
         hub_file=f"{file}.pth",

@@ -212,6 +212,7 @@ def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "patch_dim": module.width,
         "patch_size": module.patch_size,
         "num_storage_tokens": 0,
+        "resolution": module.image_size,
     }
 
 
@@ -238,7 +239,6 @@ def _spec(name: str, hub: str, size: tuple[int, ...], **kwargs: Any) -> EncoderS
         "perception_encoder",
         kwargs,
         **_describe(kwargs),
-        resolution=kwargs["image_size"],
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         licence="Apache-2.0",

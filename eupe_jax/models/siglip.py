@@ -122,6 +122,7 @@ def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "patch_dim": module.width,
         "patch_size": module.patch_size,
         "num_storage_tokens": 0,
+        "resolution": module.image_size,
     }
 
 
@@ -172,12 +173,11 @@ def _spec(size: str, patch_size: int, image_size: int) -> EncoderSpec:
         "siglip",
         kwargs,
         **_describe(kwargs),
-        resolution=image_size,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         licence="Apache-2.0",
         hub_repo=f"google/siglip2-{size.replace('_', '-')}-patch{patch_size}-{image_size}",
-        # Beside its text tower, the largest does not fit one file.
+        # By its size the largest, with its text tower, comes in several files; not verified.
         hub_file="model.safetensors.index.json" if size == "giant_opt" else "model.safetensors",
     )
 

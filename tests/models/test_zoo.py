@@ -86,6 +86,8 @@ def test_overrides_reach_module_and_widths():
     assert zoo.build("eupe_vitb16", dtype=jnp.bfloat16, depth=2).depth == 2
     assert zoo.spec("eupe_vitb16").kwargs["embed_dim"] == 768
     assert zoo.spec("eupe_convnext_tiny", dims=(4, 4, 4, 8)).patch_dim == 8
+    for name in ("pe_core_b16_224", "siglip2_base_patch16_224", "dune_vitb14_336"):
+        assert zoo.spec(name, patch_size=16, image_size=480).resolution == 480
 
 
 def test_unknown_names_point_to_near_ones():
