@@ -215,7 +215,12 @@ def test_transformers_has_no_place_for_other_periods_and_drops_what_is_never_rea
 
 
 def test_layouts_are_told_apart_by_their_names():
-    for case, layout in BOTH_WAYS:
+    for case, layout in (
+        ("vit", "official"),
+        ("vit", "transformers"),
+        ("convnext", "transformers"),
+        ("vit_bare", "official"),
+    ):
         weights = {f"module.{name}": value for name, value in random_state_dict(case, layout).items()}
         assert interchange.detect_layout(resolve(case)[1], weights) == layout
     with pytest.raises(ValueError, match="'convnext' has no layout 'timm', only official, transformers"):
