@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from convert import teachers_to_orbax
@@ -17,7 +16,8 @@ from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.evals.interface import DataError
 from eupe_jax.evals.zero_shot import Settings
 from eupe_jax.models import interchange, text_tower, zoo
-from eupe_jax.training.checkpoints import Checkpoints, LoadedEncoder, load_encoder, load_image_text
+from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder, load_image_text
+from tests.evals.chains import linear_adapter, statistics_of, write_checkpoint
 from tests.evals.image_sets import write_shards
 
 pytest.importorskip("instant_clip_tokenizer")
@@ -29,7 +29,6 @@ VISUAL = {
 }  # fmt: skip
 TEXT = {"context_length": 16, "width": 16, "depth": 1, "num_heads": 2, "output_dim": 16}
 SETTINGS = Settings(side=SIDE, batch_size=8, text_batch=256, pictures=4)
-LINEAR = 1e8  # an adapter's LayerNorm with this eps divides by a constant
 
 
 @dataclasses.dataclass
@@ -96,58 +95,6 @@ def logits_of(world, encoder, settings=SETTINGS):
     return 100 * embed(world.tokens["expert" if encoder is world.expert else "student"]) @ texts.T
 
 
-def linear_adapter(weights_DxE, offset_E):
-    """The parameters of an adapter that computes x @ weights + offset: gelu(u) - gelu(-u) = u."""
-    width = len(offset_E)
-    identity = np.eye(width, dtype=np.float32)
-    return {
-        "fc1": {"kernel": np.concatenate([weights_DxE, -weights_DxE], axis=1).astype(np.float32)},
-        "norm": {
-            "scale": np.full(2 * width, LINEAR**0.5, np.float32),
-            "bias": np.concatenate([offset_E, -offset_E]).astype(np.float32),
-        },
-        "fc2": {"kernel": np.concatenate([identity, -identity])},
-    }
-
-
-def statistics_of(x_NxD):
-    return {"mean": {"cls": x_NxD.mean(0)}, "std": {"cls": x_NxD.std(0)}}
-
-
-def header(fingerprint):
-    """What a manifest says of statistics."""
-    return {"provenance": {"teacher": fingerprint}}
-
-
-def write_student(folder, loaded, hops):
-    """A checkpoint of a student with one or two hops: each (teacher, adapter, statistics, fingerprint, kind)."""
-
-    def described(hop):
-        teacher, adapter, _, _, kind = hop
-        hidden, width = adapter["fc2"]["kernel"].shape
-        return {"hidden_dim": hidden, "eps": LINEAR, "out_dims": {teacher: {kind: width}}}
-
-    def parts(hop):
-        teacher, adapter, statistics, _, kind = hop
-        return {"adapters": {f"{teacher}_{kind}": adapter}, "statistics": {teacher: statistics}}
-
-    first, chain, chain_header = hops[0], {}, {}
-    for hop in hops[1:]:
-        chain[first[0]] = parts(hop)
-        chain_header[first[0]] = {"adapters": described(hop), "statistics": {hop[0]: header(hop[3])}}
-    backbone = {"backbone": loaded.variables["params"], "adapters": parts(first)["adapters"]}
-    student = {"params": backbone, "buffers": loaded.variables["buffers"], "optimizer": {"count": np.int32([0])}}
-    manifest = {
-        "students": {"s": {**loaded.manifest, "adapters": described(first)}},
-        "statistics": {first[0]: header(first[3])},
-        "chain": chain_header,
-    }
-    checkpoints = Checkpoints(folder, ConfigDict({"save_every": 1, "keep": 1, "keep_every": 0}))
-    checkpoints.save(1, {"students": {"s": student}}, parts(first)["statistics"], chain, manifest, force=True)
-    checkpoints.close()
-    return str(folder)
-
-
 def distil(world, folder, *, wrong=None, space="pool"):
     """The student with two hops solved by least squares on the test images: it has more dimensions than they are.
 
@@ -160,7 +107,7 @@ def distil(world, folder, *, wrong=None, space="pool"):
     proxy = tokens @ rng.normal(size=(tokens.shape[1], tokens.shape[1] + 8)) + rng.normal(size=1)
 
     def solve(x, y):
-        statistics = statistics_of(y)
+        statistics = statistics_of(cls=y)
         wanted = (y - statistics["mean"]["cls"]) / statistics["std"]["cls"]
         solution = np.linalg.lstsq(np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float64), wanted)[0]
         return linear_adapter(solution[:-1], solution[-1]), jax.tree.map(np.float32, statistics)
@@ -169,12 +116,12 @@ def distil(world, folder, *, wrong=None, space="pool"):
     statistics = {"proxy": to_proxy[1], "expert": to_expert[1]}
     if wrong:
         other = tokens if wrong == "expert" else proxy
-        statistics[wrong] = jax.tree.map(np.float32, statistics_of(rng.normal(2, 3, other.shape)))
+        statistics[wrong] = jax.tree.map(np.float32, statistics_of(cls=rng.normal(2, 3, other.shape)))
     hops = [
-        ("proxy", to_proxy[0], statistics["proxy"], "some", "cls"),
-        ("pe", to_expert[0], statistics["expert"], world.data.expert.fingerprint, "cls"),
+        ("proxy", {"cls": to_proxy[0]}, statistics["proxy"], "some"),
+        ("pe", {"cls": to_expert[0]}, statistics["expert"], world.data.expert.fingerprint),
     ]
-    return at(world.student, write_student(folder, world.student.loaded, hops))
+    return at(world.student, write_checkpoint(folder, world.student.loaded, hops))
 
 
 def at(encoder, path):
@@ -259,8 +206,8 @@ def test_encoders_without_a_way_are_refused(world, tmp_path):
 def test_a_chain_without_class_tokens_is_refused(world, tmp_path, hops):
     """The case of encoders that were distilled on patch tokens alone."""
     statistics = {"mean": {"patches": np.zeros(24, np.float32)}, "std": {"patches": np.ones(24, np.float32)}}
-    hop = ("pe", linear_adapter(np.zeros((32, 24)), np.zeros(24)), statistics, "", "patches")
-    student = at(world.student, write_student(tmp_path, world.student.loaded, [hop] * hops))
+    hop = ("pe", {"patches": linear_adapter(np.zeros((32, 24)), np.zeros(24))}, statistics, "")
+    student = at(world.student, write_checkpoint(tmp_path, world.student.loaded, [hop] * hops))
     with pytest.raises(ValueError, match="no class-token adapter"):
         zero_shot.embedder(student, world.data.expert, SETTINGS)
 
