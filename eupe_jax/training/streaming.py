@@ -41,7 +41,7 @@ def save(
     Each array is on disk before the next one is taken from `leaves`: the peak is one array and a part of it compressed.
 
     Args:
-      directory: must not exist; appears when all is written.
+      directory: must not exist; appears when all is written. What a failed save leaves beside it nobody writes to.
       items: item -> tree of `ComingLeaf`.
       leaves: (name, array) of all the leaves: those of the first item in any order, then those of the second, ...
 
@@ -59,11 +59,16 @@ def save(
         args[item] = ocp.args.PyTreeSave(tree, save_args=chunks)
     for item, content in jsons.items():
         handlers[item], args[item] = ocp.JsonCheckpointHandler(), ocp.args.JsonSave(content)
+    before = set(threading.enumerate())
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         try:
             checkpointer.save(directory, ocp.args.Composite(**args))
         except BaseException:  # Ctrl-C as well
+            # Nothing may write any more when the caller removes what is there: Orbax makes folders in other threads.
             numpy_format.stop()
+            for thread in set(threading.enumerate()) - before:
+                if type(thread).__module__.startswith("orbax."):
+                    thread.join(timeout=30)
             raise
 
 
@@ -77,7 +82,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         self._stopped = False
 
     def stop(self) -> None:
-        """Returns when no thread writes any more, so that what was written can be removed."""
+        """Returns when no array is being written any more."""
         self._stopped = True
         with self._writing:
             pass
