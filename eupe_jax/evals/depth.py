@@ -231,6 +231,8 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
     """
     plan, schedule, augment = settings.plan(), settings.schedule(), settings.augment()
     test = Test(encoder, data, settings)
+    untrained = linear_head.init(jax.random.key(0), encoder.patch_dim, settings.bins)
+    next(test.predictions(untrained, [0]))  # an encoder that does not take the test images says so before the training
 
     def sample(record: int, iteration: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         pair = data.train[record]
@@ -283,7 +285,9 @@ class Test:
         settings, count = self.settings, len(self.data.test)
         rows, predicted_all, target_all = [], [], []
         for pair, (_, depth, predicted) in zip(
-            self.data.test, tqdm(self.predictions(head, list(range(count))), total=count, desc="test"), strict=True
+            self.data.test,
+            tqdm(self.predictions(head, list(range(count))), total=count, desc="test", leave=False),
+            strict=True,
         ):
             valid = settings.measured(depth)
             try:

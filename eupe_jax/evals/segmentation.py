@@ -6,6 +6,7 @@ it to a small set, and only then: figures of scaled runs are figures of their ow
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
     """
     plan, schedule, augment = settings.plan(), settings.schedule(), settings.augment()
     validation = Validation(encoder, data, settings)
+    next(validation._features([0]))  # an encoder that does not take the windows says so now, not after the training
 
     def sample(record: int, iteration: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         pair = data.train[record]
@@ -243,7 +245,7 @@ class Validation:
         )  # fmt: skip
         return np.asarray(jnp.argmax(scores, axis=-1))
 
-    def _features(self, members):
+    def _features(self, members: Sequence[int]) -> Iterator[tuple[tuple[int, int], list[np.ndarray]]]:
         """((height, width) as resized, features of each window) of every image, several images encoded together."""
         group = self.settings.eval_batch
         starts = range(0, len(members), group)
@@ -270,7 +272,7 @@ class Validation:
         size = sum(x.nbytes for x in features)
         if size <= self._room:
             self._room -= size
-            self._kept[index] = features
+            self._kept[index] = [x.copy() for x in features]  # not views that hold their whole batch
         return features
 
     def _resized(self, index: int) -> np.ndarray:
