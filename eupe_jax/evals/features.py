@@ -71,10 +71,15 @@ class Squash:
         return np.asarray(Image.fromarray(decode(record)).resize((self.side, self.side), Image.Resampling.BICUBIC))
 
 
+def default_batch_size() -> int:
+    """8 images a CPU device, 64 an accelerator: on a CPU, activations that stay in its cache are a quarter faster."""
+    return jax.device_count() * (8 if jax.default_backend() == "cpu" else 64)
+
+
 def extract(
     encode: Encode,
     images: np.ndarray | Source,
-    batch_size: int = 50,
+    batch_size: int = 0,
     *,
     kinds: Sequence[str] | None = None,
     prepare: Callable[[Record], np.ndarray] = decode,
@@ -91,6 +96,7 @@ def extract(
     Args:
       encode: an encoder (`interface.Encoder`, a LoadedEncoder, a host teacher, ...): uint8 images to tokens.
       images: uint8 [N, H, W, 3], or a source of records that `prepare` turns into images of one size.
+      batch_size: images a batch; 0: `default_batch_size()`.
       kinds: which of `KINDS`, "patch_mean" being the mean patch token; None: all of "cls" and "patches" that come.
       prepare: a dataclass such as `CentreCrop` (its fields go into the fingerprint of what is kept).
       workdir: keeps finished pieces of `chunk` images in workdir/features/FINGERPRINT; the same call again reads them
@@ -107,6 +113,7 @@ def extract(
         raise ValueError("no images to extract features of")
     if unknown := set(kinds or ()) - set(KINDS):
         raise ValueError(f"unknown kinds of features {sorted(unknown)}: known are {', '.join(KINDS)}")
+    batch_size = batch_size or default_batch_size()
     count, chunk = len(images), -(-chunk // batch_size) * batch_size  # whole batches: padding only at the very end
     store = _Store(workdir, encode, images, prepare, kinds, chunk)
     pieces = [(start, min(start + chunk, count)) for start in range(0, count, chunk)]

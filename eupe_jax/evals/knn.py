@@ -41,7 +41,7 @@ class Settings:
       not divide `crop` gets the nearest multiple.
     leave_one_out: classify the training images by one another, passing over the nearest of each (itself); no test
       split is needed.
-    batch_size, threads: of feature extraction; no effect on the result beyond rounding.
+    batch_size, threads: of feature extraction (0: what suits the device); no effect on the result beyond rounding.
     train_block, query_block: rows of a block of similarities; bounds memory on the device.
     """
 
@@ -54,7 +54,7 @@ class Settings:
     resize: int = 256
     crop: int = 224
     leave_one_out: bool = False
-    batch_size: int = 32
+    batch_size: int = 0
     threads: int = 4
     train_block: int = 16384
     query_block: int = 1024

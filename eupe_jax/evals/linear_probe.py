@@ -43,7 +43,7 @@ class Settings:
     iterations: at most so many L-BFGS steps a fit. tolerance: norm of the gradient at which a fit is done.
     seed: of the choice of held-out images.
     block: training images whose logits are in memory at a time.
-    batch_size, threads: of feature extraction; no effect on the result beyond rounding.
+    batch_size, threads: of feature extraction (0: what suits the device); no effect on the result beyond rounding.
     """
 
     token: shared.TokenChoice = "cls"
@@ -55,7 +55,7 @@ class Settings:
     tolerance: float = 1e-4
     seed: int = 0
     block: int = 65536
-    batch_size: int = 32
+    batch_size: int = 0
     threads: int = 4
 
     def __post_init__(self):
