@@ -90,7 +90,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
         side = entry.resolutions[0]
         variables = jax.jit(module.init)(jax.random.key(sum(map(ord, name))), jnp.zeros((1, side, side, 3)))
     else:
-        encoder = checkpoints.load_encoder(entry.checkpoint, entry.student or None, dtype=dtype)
+        encoder = checkpoints.load_encoder(entry.checkpoint, entry.student or None, dtype=dtype, mesh=mesh)
         if encoder.name != entry.model:
             raise ValueError(
                 f"teachers.{name}.model is {entry.model!r}, but {entry.checkpoint} holds {encoder.name!r}"

@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from eupe_jax.distill.normalization import Statistics
 from eupe_jax.distill.teachers import view
 from eupe_jax.models import text_tower, zoo
 from eupe_jax.models.text_tower import ImageTextModel
+from eupe_jax.sharding.rules import shardings
 
 FORMAT = "eupe_jax/1"
 MANIFEST = "manifest"
@@ -195,7 +197,8 @@ def as_stored(step: epath.Path, item: str, target: Any) -> Any:
     types = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, types.get(jax.tree_util.keystr(path)) or leaf.dtype)
+        dtype = types.get(jax.tree_util.keystr(path)) or leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(stored, target)
 
@@ -252,12 +255,15 @@ def pick_student(manifest: Mapping, student: str | None, path: epath.PathLike) -
     return student
 
 
-def load_encoder(path: epath.PathLike, student: str | None = None, dtype: jnp.dtype = jnp.float32) -> LoadedEncoder:
+def load_encoder(
+    path: epath.PathLike, student: str | None = None, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+) -> LoadedEncoder:
     """Loads one student's backbone from a training workdir, its `checkpoints` folder or a step directory.
 
     Args:
       student: which one, where the run trained several.
       dtype: compute type; parameters keep the types they are stored in.
+      mesh: reads every parameter straight into its shards there; None: whole, on this host's first device.
 
     Raises:
       FileNotFoundError: nothing there. ValueError: not ours, ambiguous, or damaged.
@@ -271,10 +277,20 @@ def load_encoder(path: epath.PathLike, student: str | None = None, dtype: jnp.dt
     module = zoo.build(entry["model"], dtype=dtype, **overrides)
     side = int(entry["resolution"])
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
-    target = {"params": shapes["params"], "buffers": shapes.get("buffers", {})}
+    target = _placed({"params": shapes["params"], "buffers": shapes.get("buffers", {})}, mesh)
     variables = restore_item(step, f"{name}.backbone", as_stored(step, f"{name}.backbone", target))
     described = {**entry, "step": manifest["step"], "format": manifest["format"], "path": str(step)}
     return LoadedEncoder(entry["model"], overrides, module, variables, described, name)
+
+
+def _placed(target: Any, mesh: Mesh | None) -> Any:
+    """Shapes with shardings: Orbax would otherwise ask for the devices that the checkpoint was written on."""
+    if mesh is None:
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: one, target)
+    else:
+        where = shardings(target, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, where)
 
 
 def load_image_text(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> tuple[ImageTextModel, dict, dict]:
@@ -295,7 +311,7 @@ def load_image_text(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> tup
     module = text_tower.build(encoder.name, dtype)
     module = module.clone(visual=encoder.module, text=module.text.clone(**encoder.manifest[TEXT]["overrides"]))
     shapes = jax.eval_shape(module.init, jax.random.key(0), *text_tower.FAMILY.example_inputs(module))
-    target = {"params": {k: v for k, v in shapes["params"].items() if k != "visual"}}
+    target = _placed({"params": {k: v for k, v in shapes["params"].items() if k != "visual"}}, None)
     step = step_directory(path)
     text = restore_item(step, TEXT, as_stored(step, TEXT, target))
     return module, {"params": {"visual": encoder.variables["params"], **text["params"]}}, encoder.manifest

@@ -1,0 +1,133 @@
+"""Evaluations alone and inside training: same figures, no trace in what is trained, nothing lost by a kill."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import common
+from eupe_jax.evals import knn
+from eupe_jax.training import checkpoints
+from eupe_jax.training.loop import train
+from eupe_jax.training.measure import measure_statistics
+from eupe_jax.training.metrics import read_metrics
+from launch.training_evals import training_evals
+from tests.evals.image_sets import write_shards
+from tests.launch.test_commands import assert_one_line, run
+from tests.training.conftest import tiny_config
+
+SMALL = {"resize": 32, "crop": 32, "ks": (3,), "reported_k": 3, "batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A config that evaluates kNN every second step, and the run it makes."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = tiny_config(steps=4)
+    measure_statistics(config, folder / "statistics")
+    config.statistics = str(folder / "statistics")
+    config.evals.neighbours = common.evaluation("knn", str(write_shards(folder / "set")), 2, **SMALL)
+    state = train(config, folder / "run", evals=training_evals(config, folder / "run"))
+    return config, folder, state
+
+
+def losses(workdir):
+    return [line["vit/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "vit/loss" in line]
+
+
+def evaluated(workdir):
+    return [line for line in read_metrics(workdir / "metrics.jsonl") if "neighbours/vit/top1" in line]
+
+
+def test_evaluating_leaves_no_trace_in_what_is_trained(setting, tmp_path):
+    config, folder, state = setting
+    calm = config.copy_and_resolve_references()
+    calm.evals = ConfigDict()
+    plain = train(calm, tmp_path / "run", evals=training_evals(calm, tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(folder / "run") and len(losses(folder / "run")) == 4
+    jax.tree.map(np.testing.assert_array_equal, plain["students"], state["students"])
+    rows = evaluated(folder / "run")
+    assert [row["step"] for row in rows] == [2, 4] and all(0 <= row["neighbours/vit/top1"] <= 1 for row in rows)
+
+
+def test_a_run_killed_while_it_evaluates_goes_on_as_if_never_killed(setting, tmp_path, monkeypatch):
+    config, folder, state = setting
+    real, calls = knn.run, []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(knn, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", evals=training_evals(config, tmp_path / "run"))
+    assert checkpoints.step_directory(tmp_path / "run").name == "2"
+    resumed = train(config, tmp_path / "run", evals=training_evals(config, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, resumed["students"], state["students"])
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(folder / "run" / "metrics.jsonl")
+    assert len(calls) == 3
+    train(config, tmp_path / "run", evals=training_evals(config, tmp_path / "run"))
+    assert len(calls) == 3, "a finished evaluation is not run again"
+
+
+def test_evaluate_gives_the_figures_of_the_training_run(setting, tmp_path):
+    _, folder, _ = setting
+    command = ["launch/evaluate.py", f"--checkpoint={folder / 'run'}", "--eval=knn", f"--data={folder / 'set'}"]
+    command += [f"--out={tmp_path / 'out'}", *(f"--set={k}={v}" for k, v in SMALL.items())]
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    inside = json.loads((folder / "run" / "evals" / "neighbours" / "vit" / "4" / "metrics.json").read_text())
+    assert found["metrics"] == inside["metrics"] and found["fingerprint"] == inside["fingerprint"]
+    assert (tmp_path / "out" / "metrics.csv").read_text().startswith("metric,value")
+    Image.open(next((tmp_path / "out").glob("*.png"))).verify()
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+
+    again = run(*command)
+    assert again.returncode == 0 and "complete already" in again.stdout
+    assert_one_line(run(*command, "--set=k=3"), "no setting 'k'")
+    assert_one_line(run(*command, "--set=temperature=0.1"), "another evaluation", "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--eval=knnn"], ["'knnn'", "did you mean knn"]),
+        (["--set=ks=a"], ["knn.ks"]),
+        (["--set=ks"], ["NAME=VALUE"]),
+        (["--checkpoint=/nowhere"], ["/nowhere"]),
+        (["--checkpoint=random:eupe_vitt"], ["'eupe_vitt'", "eupe_vitt16"]),
+        (["--checkpoint=a.pte"], ["a.pte"]),
+        (["--checkpoint=host:nothing:Here"], ["nothing"]),
+        (["--data=/nowhere"], ["--data /nowhere"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_evaluate_refuses(flags, words, tmp_path):
+    defaults = {"--checkpoint": "random:eupe_vitt16", "--eval": "knn", "--data": str(tmp_path), "--out": "out"}
+    given = {flag.partition("=")[0] for flag in flags}
+    command = [f"{flag}={value}" for flag, value in defaults.items() if flag not in given]
+    assert_one_line(run("launch/evaluate.py", *command, *flags), *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"eval": "knnn"}, "did you mean knn"),
+        ({"every": 0}, "evals.bad.every"),
+        ({"data": "/nowhere"}, "evals.bad: no such folder"),
+        ({"settings": {"kk": 3}}, "no setting 'kk'"),
+        ({"evry": 3}, "takes the fields"),
+    ],
+)
+def test_training_refuses_a_wrong_evaluation_before_it_starts(change, words, tmp_path):
+    config = tiny_config()
+    entry = {"eval": "knn", "data": str(write_shards(tmp_path / "set")), "every": 2} | change
+    config.evals.bad = ConfigDict(entry)
+    with pytest.raises(ValueError, match=words):
+        training_evals(config, tmp_path / "run")
