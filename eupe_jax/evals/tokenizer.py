@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-INSTALL = "pip install instant-clip-tokenizer==0.1.1 ftfy==6.3.1"
+INSTALL = "pip install 'eupe_jax[eval]'"
 
 
 def clean(text: str) -> str:
