@@ -151,7 +151,10 @@ def step_directory(path: epath.PathLike) -> epath.Path:
     root = path / "checkpoints" if (path / "checkpoints").exists() else path
     steps = [p for p in root.iterdir() if p.name.isdigit() and (p / MANIFEST).exists()] if root.is_dir() else []
     if not steps:
-        raise FileNotFoundError(f"no finished checkpoint in {path}: expected a training workdir or a step directory")
+        raise FileNotFoundError(
+            f"no finished checkpoint in {path}: expected a training workdir, a step directory, or what "
+            "convert/teachers_to_orbax.py makes of a weights file"
+        )
     return max(steps, key=lambda p: int(p.name))
 
 

@@ -230,12 +230,16 @@ def test_a_training_run_takes_it_as_teacher_and_as_start(vit, tmp_path):
     teachers_to_orbax.convert(vit.name, tmp_path / "x.safetensors", tmp_path / "o", dtype="bfloat16",
                               overrides=vit.overrides)  # fmt: skip
     config = tiny_config()
-    config.teachers.a.model, config.teachers.a.checkpoint = vit.name, str(tmp_path / "o")
+    config.teachers.a.model = vit.name
     del config.teachers.b
     config.teachers.a.dtype = "bfloat16"
+    mesh = make_mesh(config.mesh.fsdp)
+    config.teachers.a.checkpoint = str(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"what convert/teachers_to_orbax\.py makes of a weights file"):
+        assemble.load_teachers(config, mesh)
+    config.teachers.a.checkpoint = str(tmp_path / "o")
     config.students.vit.init_from = str(tmp_path / "o")
     config.students.vit.overrides = vit.overrides
-    mesh = make_mesh(config.mesh.fsdp)
     teachers = assemble.load_teachers(config, mesh)
     assert teachers.variables["a"]["params"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == jnp.bfloat16
     assert not teachers.chains
