@@ -7,6 +7,7 @@ As an evaluation (`Settings`, `load`, `run`) it sweeps the encoder's resolution:
 resolutions, as multi-teacher students do that saw one only, shows as a line that falls.
 """
 
+import functools
 import io
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.core import freeze
 from PIL import Image
 from tqdm import tqdm
 
@@ -52,9 +54,9 @@ class Hop:
     @classmethod
     def of(cls, description: Mapping, params: Mapping, statistics: Mapping, headers: Mapping | None = None) -> "Hop":
         """From a manifest's "adapters" entry, the arrays that belong to it and the headers of the statistics."""
-        bank = AdapterBank(description["hidden_dim"], description["out_dims"], description["eps"])
+        bank = AdapterBank(description["hidden_dim"], freeze(description["out_dims"]), description["eps"])
         fingerprints = {name: header["provenance"]["teacher"] for name, header in (headers or {}).items()}
-        return cls(bank, params, statistics, fingerprints)
+        return cls(bank, jax.device_put(params), jax.device_put(statistics), fingerprints)
 
     @property
     def widths(self) -> dict[str, dict[str, int]]:
@@ -64,7 +66,8 @@ class Hop:
     def only(self, *kinds: str) -> "Hop":
         """The same for some token kinds; teachers that have none of them are left out."""
         chosen = {t: {k: n for k, n in widths.items() if k in kinds} for t, widths in self.widths.items()}
-        return replace(self, bank=self.bank.clone(out_dims={t: widths for t, widths in chosen.items() if widths}))
+        kept = freeze({t: widths for t, widths in chosen.items() if widths})
+        return replace(self, bank=self.bank.clone(out_dims=kept))
 
     def __call__(self, tokens: Tokens) -> dict[str, dict[str, jax.Array]]:
         """Predictions of every teacher's tokens, in that teacher's normalised space."""
@@ -99,6 +102,13 @@ def load_chain(path: epath.PathLike, student: str | None = None) -> list[Hop]:
 
 def predict_experts(tokens: Tokens, chain: Sequence[Hop]) -> dict[str, dict[str, jax.Array]]:
     """Follows the chain: {expert: {"cls": [B, Dc], "patches": [B, h, w, Dp]}} in the experts' normalised spaces."""
+    tokens = {kind: x for kind, x in tokens.items() if kind in ("cls", "patches")}
+    return _follow(tuple(hop.bank for hop in chain), [(hop.params, hop.statistics) for hop in chain], tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _follow(banks: tuple[AdapterBank, ...], arrays: Sequence[tuple[Mapping, Mapping]], tokens: Tokens) -> dict:
+    chain = [Hop(bank, *found) for bank, found in zip(banks, arrays, strict=True)]
     for hop in chain[:-1]:
         ((teacher, predicted),) = hop(tokens).items()
         mean, std = hop.statistics[teacher]["mean"], hop.statistics[teacher]["std"]
@@ -182,7 +192,6 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
         raise ValueError(f"{encoder.name} comes from no training checkpoint, so it has no adapters to its experts")
     chain = load_chain(encoder.checkpoint, getattr(encoder, "student", "") or None)
     experts = _experts(encoder, chain, data.teachers)
-    predict = jax.jit(lambda tokens: predict_experts(tokens, chain))
     controls = {name: _Mean() for name in experts}
     with tqdm(total=len(data.control) + len(data.images), desc="similarity", unit="img", disable=None) as bar:
         for part in data.control.batches(settings.batch_size):
@@ -196,7 +205,7 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
             predicted = {"position_map": {n: _repeat(m, len(part)) for n, m in maps.items()}}
             for side in settings.resolutions:
                 tokens = extract(encoder, part, settings.batch_size, prepare=Squash(side), workdir=workdir)
-                predicted[str(side)] = predict(tokens)
+                predicted[str(side)] = predict_experts(tokens, chain)
             for row, found in predicted.items():
                 for name, target in targets.items():
                     for kind, value in agreement(found[name], target).items():

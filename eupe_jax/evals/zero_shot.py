@@ -262,17 +262,16 @@ def embedder(encoder: Encoder, expert: Expert, settings: Settings):
             )
         route = {"hops": len(chain), "space": space, "expert": name, "same_expert": same}
 
-    @jax.jit
-    def embed(cls_BxD: jax.Array) -> jax.Array:
+    def embed(cls_BxD: np.ndarray) -> np.ndarray:
         if chain is not None:
             predicted = predict_experts({"cls": cls_BxD}, chain)[name]["cls"]
             statistics = chain[-1].statistics[name]
             cls_BxD = denormalize(predicted, statistics["mean"]["cls"], statistics["std"]["cls"])
         if space == "pool":
             cls_BxD = jnp.matmul(cls_BxD, expert.projection, precision=jax.lax.Precision.HIGHEST)
-        return unit(cls_BxD)
+        return np.asarray(unit(cls_BxD), np.float32)
 
-    return lambda cls: np.asarray(embed(cls), np.float32), route
+    return embed, route
 
 
 def _way_back(encoder: Encoder) -> list[Hop] | None:
