@@ -33,6 +33,7 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from convert import cli
+from convert.transformers_layout import check_config
 from eupe_jax.models import interchange, text_tower, zoo
 from eupe_jax.models.spec import EncoderSpec
 from eupe_jax.training import checkpoints, streaming, weight_files
@@ -122,6 +123,7 @@ def _plan(
     text_overrides: Mapping[str, Any],
 ) -> Plan:
     family, module = zoo.FAMILIES[spec.family], zoo.build(spec.name, **overrides)
+    check_config(weights.path, module)
     extras, text = interchange.extras(family, weights), None
     both = _image_text(spec.name)
     if both is not None and "token_embedding.weight" in extras:

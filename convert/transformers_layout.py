@@ -35,14 +35,14 @@ def check_config(weights: str | os.PathLike, module: nn.Module) -> None:
     Weights alone do not tell: another `rope_theta` or number of heads has the same tensors.
 
     Args:
-      weights: the folder of the model, or a file in it. Without a config.json there is nothing to check.
+      weights: the folder of the model, or a .safetensors file in it. Without a config.json there is nothing to check.
 
     Raises:
       ValueError: it is no JSON, or of another model; the message names every field that differs.
     """
     path = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     path = path / "config.json"
-    if type(module) not in _CONFIGS or not path.is_file():
+    if type(module) not in _CONFIGS or not path.is_file() or Path(weights).suffix in (".pt", ".pth"):
         return
     try:
         found = json.loads(path.read_text())

@@ -16,6 +16,7 @@ from torch import nn
 from convert.cli import one_line as one_line
 from convert.torch_convnext import ConvNeXt
 from convert.torch_vit import VisionTransformer
+from convert.transformers_layout import check_config
 from eupe_jax.models import interchange, zoo
 from eupe_jax.training import weight_files
 from eupe_jax.training.checkpoints import TOKEN_LAYOUT, LoadedEncoder, load_encoder
@@ -53,6 +54,7 @@ def load(path: str | Path, student: str | None = None, model: str | None = None)
         try:
             variables = interchange.from_state_dict(described["model"], tensors, **overrides)
             module = zoo.build(described["model"], **overrides)
+            check_config(path, module)
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path}: {e}") from None
         tensors.require_finite()

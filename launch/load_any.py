@@ -9,9 +9,8 @@ from eupe_jax.distill.host_teachers import load_host_teacher
 from eupe_jax.evals.encoders import FlaxEncoder, HostEncoder, PteEncoder
 from eupe_jax.evals.interface import Encoder
 from eupe_jax.models import zoo
+from eupe_jax.training import weight_files
 from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder
-
-WEIGHTS = (".safetensors", ".pt", ".pth")
 
 
 def load_any(source: str, student: str | None = None, model: str | None = None, dtype: str = "float32") -> Encoder:
@@ -34,16 +33,12 @@ def load_any(source: str, student: str | None = None, model: str | None = None, 
     path = Path(source)
     if path.suffix == ".pte":
         return PteEncoder(path)
-    if path.suffix in WEIGHTS or _is_transformers_folder(path):
+    if weight_files.is_weights(path):
         from convert import weights  # needs torch, which a training pod does not have
 
         return FlaxEncoder(weights.load(path, student, model), checkpoint=source)
     loaded = load_encoder(source, student, dtype=jnp.dtype(dtype))
     return FlaxEncoder(loaded, checkpoint=source, student=loaded.student)
-
-
-def _is_transformers_folder(path: Path) -> bool:
-    return (path / "config.json").exists() and any(path.glob("*.safetensors*"))
 
 
 def untrained(name: str, dtype: str = "float32", seed: int = 0) -> FlaxEncoder:

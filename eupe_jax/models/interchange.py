@@ -313,7 +313,8 @@ def _misfits(rows: Iterable[_Row], layout: Layout, module: Any, tensors: Mapping
     constants = layout.constants(module)
     expected.update({name: value.shape for name, value in constants.items()})
     expected.update({name: expected[source] for name, source in layout.aliases.items()})
-    misfits = {name: _misfit(name, shape, tensors) for name, shape in expected.items()}
+    whole = {name for name, value in constants.items() if jnp.issubdtype(value.dtype, jnp.integer)}
+    misfits = {name: _misfit(name, shape, tensors, name in whole) for name, shape in expected.items()}
     for name in (*constants, *layout.aliases):
         source = layout.aliases.get(name)
         if misfits[name] or misfits.get(source):
@@ -326,13 +327,15 @@ def _misfits(rows: Iterable[_Row], layout: Layout, module: Any, tensors: Mapping
     return problems + [f"unexpected {name} {list(t.shape)}" for name, t in tensors.items() if name not in expected]
 
 
-def _misfit(name: str, shape: tuple[int, ...], tensors: Mapping[str, Any]) -> str | None:
-    """What is wrong with one tensor, from its shape and dtype alone."""
+def _misfit(name: str, shape: tuple[int, ...], tensors: Mapping[str, Any], whole: bool) -> str | None:
+    """What is wrong with one tensor, from its shape and dtype alone. `whole`: of integers, as some constants are."""
     if name not in tensors:
         return f"missing {name} {list(shape)}"
     tensor = tensors[name]
     # bfloat16 is not a subtype of np.floating, so ask jax.
-    if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize > 4:
+    if whole and not jnp.issubdtype(tensor.dtype, jnp.integer):
+        return f"{name} has dtype {tensor.dtype}, expected integers"
+    if not whole and (not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize > 4):
         return f"{name} has dtype {tensor.dtype}, expected floating point of at most 32 bits"
     if tuple(tensor.shape) != shape:
         return f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"

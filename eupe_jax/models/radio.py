@@ -143,8 +143,9 @@ def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _constants(module: Radio) -> dict[str, np.ndarray]:
-    """The pixel statistics, which the original applies itself."""
+    """The pixel statistics, which the original applies itself, and which of the class tokens make the summary."""
     return {
+        "radio_model.summary_idxs": np.asarray(module.summary, np.int64),
         "radio_model.input_conditioner.norm_mean": np.asarray(CLIP_MEAN, np.float32).reshape(3, 1, 1),
         "radio_model.input_conditioner.norm_std": np.asarray(CLIP_STD, np.float32).reshape(3, 1, 1),
     }
@@ -158,8 +159,7 @@ OFFICIAL = Layout(
         *timm_block_rows("radio_model.model.blocks.{i}"),
     ),
     constants=_constants,
-    # The adaptors' heads, and the integers that `summary` stands for.
-    extras=("radio_model.adaptors.", "radio_model.summary_idxs"),
+    extras=("radio_model.adaptors.",),
 )
 
 

@@ -4,6 +4,7 @@ Files are mapped into memory: opening one costs its header, and a tensor is read
 is believed before it is checked, and no code in it is ever run.
 """
 
+import argparse
 import collections
 import contextlib
 import functools
@@ -277,7 +278,9 @@ def _add_torch(weights: WeightFile, path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old ways to write the file, which its reader cannot change
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            # Command-line arguments, which training scripts like to save along, are plain attributes.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = _first_line(error)
         if "weights only" in reason.lower() or "weights_only" in reason:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 import eupe_jax
-from convert import teachers_to_orbax
+from convert import teachers_to_orbax, transformers_layout
 from eupe_jax.models import interchange, text_tower, zoo
 from eupe_jax.training import checkpoints, streaming
 from tests.convert.conftest import make_encoder
@@ -326,3 +326,16 @@ def test_command_line(whole_file, tmp_path, capsys):
     with pytest.raises(SystemExit):
         teachers_to_orbax.main(["--help"])
     assert "--model=pe_core_g14_448" in capsys.readouterr().out
+
+
+def test_folder_of_another_transformers_model_is_refused(convnext, tmp_path):
+    """What shows in no tensor stands in config.json."""
+    tensors = interchange.to_state_dict(convnext.name, convnext.variables, layout="transformers", **convnext.overrides)
+    save_file(tensors, tmp_path / "model.safetensors")
+    described = transformers_layout.config(convnext)
+    (tmp_path / "config.json").write_text(json.dumps(described | {"layer_norm_eps": 1e-5}))
+    with pytest.raises(ValueError, match="layer_norm_eps is 1e-05, not 1e-06"):
+        teachers_to_orbax.convert(convnext.name, tmp_path, tmp_path / "o", overrides=convnext.overrides)
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    teachers_to_orbax.convert(convnext.name, tmp_path, tmp_path / "o", overrides=convnext.overrides)

@@ -1,5 +1,6 @@
 """Weight files are read tensor by tensor, and no file is believed before it is checked."""
 
+import argparse
 import hashlib
 import json
 import logging
@@ -105,6 +106,14 @@ def test_pytorch_files(tmp_path, wrapper, legacy, caplog):
         assert_holds(weights, TENSORS)
     assert ("before 1.6" in caplog.text) == legacy
     assert ("also holds ['epoch']" in caplog.text) == bool(wrapper)
+
+
+def test_pytorch_files_with_the_arguments_of_their_training_script(tmp_path):
+    """DUNE's files hold an argparse.Namespace beside the weights: plain attributes, no code."""
+    torch = pytest.importorskip("torch")
+    torch.save({"model": torch_tensors(torch), "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")
+    with open_weights(tmp_path / "x.pth") as weights:
+        assert_holds(weights, TENSORS)
 
 
 def test_pytorch_views_and_parameters(tmp_path):
