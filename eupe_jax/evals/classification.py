@@ -17,7 +17,7 @@ from eupe_jax.evals.labelled import LabelledImages
 TokenChoice = Literal["cls", "patch_mean", "cls+patch_mean"]
 
 GREEN, RED, GREY = (40, 160, 60), (200, 50, 40), (120, 120, 120)
-_CAPTION = 14  # pixels below a picture
+_LINE = 13  # pixels of a line below a picture
 
 
 def image_features(
@@ -98,8 +98,9 @@ def class_table(predicted_M: np.ndarray, labels_M: np.ndarray, classes: Sequence
 def captioned_grid(
     rows: Sequence[Sequence[tuple[np.ndarray, str, tuple[int, int, int]]]], side: int = 112
 ) -> np.ndarray:
-    """Pictures in rows, each squashed to `side` pixels with a frame of its colour and a caption below: uint8 RGB."""
-    cell, step = side + 8, side + 8 + _CAPTION
+    """Pictures in rows, each squashed to `side` pixels with a frame of its colour and a caption of some lines below."""
+    lines = max(caption.count("\n") + 1 for row in rows for _, caption, _ in row)
+    cell, step = side + 8, side + 10 + lines * _LINE
     canvas = Image.new("RGB", (cell * max(map(len, rows)), step * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
@@ -107,7 +108,8 @@ def captioned_grid(
             x, y = c * cell, r * step
             draw.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), fill=colour)
             canvas.paste(Image.fromarray(image).resize((side, side)), (x + 4, y + 4))
-            while draw.textlength(caption) > cell - 4:
-                caption = caption[:-1]
-            draw.text((x + 3, y + cell), caption, fill="black")
+            for n, line in enumerate(caption.split("\n")):
+                while draw.textlength(line) > cell - 4:
+                    line = line[:-1]
+                draw.text((x + 3, y + cell + n * _LINE), line, fill="black")
     return np.asarray(canvas)

@@ -253,7 +253,7 @@ class _Kept:
 
 
 def _picture(data: Data, logits_MxC: np.ndarray, predicted: np.ndarray, columns: int = 6, rows: int = 3) -> np.ndarray:
-    """The most confident mistakes, each captioned "truth > prediction"; with none, the least confident hits."""
+    """The most confident mistakes, each captioned with truth > prediction; with none, the least confident hits."""
     labels, classes = data.test.labels, data.test.classes
     z = logits_MxC - logits_MxC.max(axis=1, keepdims=True)
     confidence = 1.0 / np.exp(z).sum(axis=1)
@@ -264,6 +264,6 @@ def _picture(data: Data, logits_MxC: np.ndarray, predicted: np.ndarray, columns:
     cells = []
     for i in order[: columns * rows]:
         right = predicted[i] == labels[i]
-        caption = classes[labels[i]] if right else f"{classes[labels[i]]} > {classes[predicted[i]]}"
+        caption = classes[labels[i]] if right else f"{classes[labels[i]]}\n> {classes[predicted[i]]}"
         cells.append((decode(data.test[i]), caption, shared.GREEN if right else shared.RED))
     return shared.captioned_grid([cells[i : i + columns] for i in range(0, len(cells), columns)])
