@@ -17,6 +17,8 @@ from PIL import Image
 from eupe_jax.data.sources import Record
 from eupe_jax.evals.interface import DataError
 
+_ORIENTATION = 0x0112  # EXIF tag
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -131,9 +133,13 @@ def _image_size(file: Path, path: Path, sizes: dict[Path, tuple[int, int]]) -> t
     if path not in sizes:
         try:
             with Image.open(path) as image:
-                sizes[path] = image.size
+                sizes[path], turned = image.size, image.getexif().get(_ORIENTATION, 1) != 1
         except OSError as error:
             raise DataError(f"{file} names the image {path}, which cannot be read: {error}") from None
+        if turned:
+            raise DataError(
+                f"{path} is to be turned on display (EXIF), and points count stored pixels: store it upright"
+            )
     return sizes[path]
 
 

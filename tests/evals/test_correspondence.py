@@ -261,7 +261,16 @@ def first_annotation(root: Path) -> Path:
     return sorted((root / "PairAnnotation" / "test").iterdir())[0]
 
 
+def turned(root: Path):
+    """A defect: an image that viewers turn by a quarter."""
+    path = root / "JPEGImages/cat/src0.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+
 BROKEN = {
+    "turned image": (turned, r"src0\.png is to be turned"),
     "image missing": (lambda r: (r / "JPEGImages/cat/src0.png").unlink(), r"src0\.png"),
     "image is no image": (lambda r: (r / "JPEGImages/cat/trg0.png").write_bytes(b"<html>"), r"trg0\.png"),
     "annotation missing": (lambda r: first_annotation(r).unlink(), r"test\.txt, line 1"),
