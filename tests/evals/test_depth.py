@@ -13,7 +13,7 @@ from eupe_jax.evals.linear_head import init
 from tests.evals.dense_sets import ColourEncoder, tiny_vit, write_nyu
 
 SMALL = Settings(
-    iterations=80, warmup=20, loss_warmup=10, batch_size=4, learning_rate=0.05, train_box=(4, 4, 60, 44),
+    iterations=80, warmup=20, loss_warmup=10, batch_size=8, learning_rate=0.05, train_box=(4, 4, 60, 44),
     train_crop=(32, 48), colour_p=0.0, threads=2, eval_batch=2, save_every=7, pictures=2, bins=64, max_depth=6.0,
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from eupe_jax.evals.segmentation import Settings, load, run
 from tests.evals.dense_sets import COLOURS, ColourEncoder, tiny_vit, write_ade
 
 SMALL = Settings(
-    iterations=60, warmup=4, eval_interval=20, batch_size=4, learning_rate=0.05, short_side=64, crop=64, stride=48,
+    iterations=60, warmup=4, eval_interval=20, batch_size=8, learning_rate=0.05, short_side=64, crop=64, stride=48,
     distort=False, dropout=0.0, threads=2, eval_batch=3, save_every=7, pictures=2,
 )  # fmt: skip
 
