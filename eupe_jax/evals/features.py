@@ -113,6 +113,8 @@ def extract(
         raise ValueError("no images to extract features of")
     if unknown := set(kinds or ()) - set(KINDS):
         raise ValueError(f"unknown kinds of features {sorted(unknown)}: known are {', '.join(KINDS)}")
+    if isinstance(images, np.ndarray) and prepare is not decode:
+        raise ValueError("`prepare` is for sources of records, and the images are an array already")
     batch_size = batch_size or default_batch_size()
     count, chunk = len(images), -(-chunk // batch_size) * batch_size  # whole batches: padding only at the very end
     store = _Store(workdir, encode, images, prepare, kinds, chunk)

@@ -41,6 +41,7 @@ class Settings:
       not divide `crop` gets the nearest multiple.
     leave_one_out: classify the training images by one another, passing over the nearest of each (itself); no test
       split is needed.
+    test_split: name of the split to measure on; "": whichever of "val", "validation" and "test" is there.
     batch_size, threads: of feature extraction (0: what suits the device); no effect on the result beyond rounding.
     train_block, query_block: rows of a block of similarities; bounds memory on the device.
     """
@@ -54,6 +55,7 @@ class Settings:
     resize: int = 256
     crop: int = 224
     leave_one_out: bool = False
+    test_split: str = ""
     batch_size: int = 0
     threads: int = 4
     train_block: int = 16384
@@ -75,7 +77,7 @@ def load(folder: Path, settings: Settings) -> Data:
     if settings.leave_one_out:
         train = load_split(folder, "train")
         return Data(train, train)
-    return load_train_test(folder)
+    return load_train_test(folder, settings.test_split)
 
 
 def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | None = None) -> Result:

@@ -81,21 +81,24 @@ class TrainTest(NamedTuple):
     test: LabelledImages
 
 
-def load_train_test(folder: Path) -> TrainTest:
-    """The training split, and whichever of "val", "validation" and "test" is there. Raises like `load_split`."""
-    return TrainTest(load_split(folder, "train"), load_test(folder))
+def load_train_test(folder: Path, test_split: str = "") -> TrainTest:
+    """The training split and the one to test on, see `load_test`. Raises like `load_split`."""
+    return TrainTest(load_split(folder, "train"), load_test(folder, test_split))
 
 
-def load_test(folder: Path) -> LabelledImages:
-    """Whichever of "val", "validation" and "test" is there.
+def load_test(folder: Path, split: str = "") -> LabelledImages:
+    """The split of that name, by default whichever of "val", "validation" and "test" is there.
 
     Raises:
-      DataError: none or several of them, and all that `load_split` raises.
+      DataError: none or several of them and no name given, and all that `load_split` raises.
     """
     folder = Path(folder)
+    if split:
+        return load_split(folder, split)
     found = [s for s in TEST_SPLITS if (folder / s).is_dir() or any(folder.glob(f"{s}-*.tar"))]
     if len(found) != 1:
-        raise DataError(f"{folder}: expected one split out of {', '.join(TEST_SPLITS)}, found {found or 'none'}")
+        fix = "; say which with test_split" if found else ""
+        raise DataError(f"{folder}: expected one split out of {', '.join(TEST_SPLITS)}, found {found or 'none'}{fix}")
     return load_split(folder, found[0])
 
 

@@ -43,6 +43,7 @@ class Settings:
     iterations: at most so many L-BFGS steps a fit. tolerance: norm of the gradient at which a fit is done.
     seed: of the choice of held-out images.
     block: training images whose logits are in memory at a time.
+    test_split: name of the split to measure on; "": whichever of "val", "validation" and "test" is there.
     batch_size, threads: of feature extraction (0: what suits the device); no effect on the result beyond rounding.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     tolerance: float = 1e-4
     seed: int = 0
     block: int = 65536
+    test_split: str = ""
     batch_size: int = 0
     threads: int = 4
 
@@ -81,8 +83,7 @@ class Probe:
 
 def load(folder: Path, settings: Settings) -> Data:
     """The splits of a labelled set (`labelled`); raises DataError where they are broken."""
-    del settings
-    return load_train_test(folder)
+    return load_train_test(folder, settings.test_split)
 
 
 def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | None = None) -> Result:

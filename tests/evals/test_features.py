@@ -23,7 +23,7 @@ def tiny_encoder(seed: int = 0, **overrides) -> FlaxEncoder:
     """A ViT of two blocks with random weights whose blocks and class token matter."""
     overrides = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "layerscale_init": 0.5, **overrides}
     module = zoo.build("eupe_vitt16", **overrides)
-    variables = module.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+    variables = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     manifest = {"resolution": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
     return FlaxEncoder(LoadedEncoder("eupe_vitt16", overrides, module, variables, manifest))
 
@@ -213,6 +213,8 @@ def test_what_cannot_be_done_is_refused(encoder, images, tmp_path):
         features.extract(lambda x: {"cls": np.where(x[:, 0, 0] == images[20, 0, 0], np.nan, 1.0)}, images, 20)
     with pytest.raises(ValueError, match="this encoder has none"):
         features.extract(lambda x: encoder(x), images, workdir=tmp_path)
+    with pytest.raises(ValueError, match="`prepare` is for sources"):
+        features.extract(encoder, images, prepare=features.Squash(32))
     with pytest.raises(ValueError, match="must be a dataclass"):
         features.extract(encoder, ArraySource(images), workdir=tmp_path, prepare=lambda record: record.data)
     assert dataclasses.is_dataclass(features.CentreCrop)

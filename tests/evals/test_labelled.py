@@ -36,6 +36,16 @@ def test_image_folder_numbers_sorted_classes(tmp_path):
         assert f"/{train.classes[train.labels[i]]}/" in train[i].name
 
 
+def test_the_split_to_test_on_can_be_named(tmp_path):
+    """ImageNet unpacked has a folder test/ without classes beside val/."""
+    write_folders(tmp_path)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.jpg").write_bytes(IMAGE)
+    assert labelled.load_train_test(tmp_path, "val").test.split == "val"
+    with pytest.raises(DataError, match=r"found \['val', 'test'\]; say which with test_split"):
+        labelled.load_train_test(tmp_path)
+
+
 def test_class_list_decides_the_labels_of_an_image_folder(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "classes.txt").write_text("unused\n" + "\n".join(CLASSES))
