@@ -50,7 +50,8 @@ class Settings:
       resize: "pad": the longer side becomes `side` (LANCZOS), zeros on both sides of the shorter; "squash": both do.
       normalize: L2-normalise patch tokens before they are upsampled (bilinear).
       similarity: "cosine" of the upsampled tokens, as the paper has it; "dot": upsampled target tokens, which are
-        shorter than 1 between unlike patches, are not brought back to unit length (what the ancestor computes).
+        shorter than 1 between unlike patches, are not brought back to unit length (what the ancestor computes; some
+        points of PCK apart).
       rounding: which pixel a source keypoint is read at: "round" (halves to even), "floor", or "floor_x" (x down, y
         rounded; the ancestors differ). Pixels beyond the border are taken at the border.
       mask_padding: match only inside the target picture; False: its zero padding competes too.

@@ -57,6 +57,7 @@ class Settings:
       templates: file of prompts, one a line with {c} for the name, or JSON as above. "": the 80 prompts published with
         CLIP for ImageNet.
       key: which list of a JSON object.
+      test_split: name of the split to measure on; "": whichever of "val", "validation" and "test" is there.
       expert: name of the expert in the chain. "": the only one whose class token is as wide as the tower's.
       space: what the expert's class token is: "pool" (before the projection, which is then applied), "proj" (the
         embedding itself), "auto": what the expert's checkpoint says.
@@ -71,6 +72,7 @@ class Settings:
     class_names: str = ""
     templates: str = ""
     key: str = "imagenet1k"
+    test_split: str = ""
     expert: str = ""
     space: str = "auto"
     side: int = 224
@@ -136,7 +138,7 @@ def load(folder: Path, settings: Settings) -> Data:
     Raises:
       DataError: a broken set, an unreadable list, a prompt without {c}, or not one name a class.
     """
-    images = load_test(Path(folder))
+    images = load_test(Path(folder), settings.test_split)
     if settings.class_names:
         names = read_list(Path(settings.class_names), settings.key)
         if len(names) != len(images.classes):
