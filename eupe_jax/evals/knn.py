@@ -23,6 +23,8 @@ from eupe_jax.sharding.mesh import batch_sharding, make_mesh, replicated
 
 Data = TrainTest
 
+_NO_RANGE = 1e-6  # cosine similarities in float32 are good to some 1e-7
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -92,7 +94,9 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
     test = train if settings.leave_one_out else shared.image_features(encoder, data.test, settings.token, **options)
     labels = data.test.labels
 
-    ranked, index = classify(train, data.train.labels, test, len(data.train.classes), settings, progress=True)
+    ranked, similarity, index = classify(
+        train, data.train.labels, test, len(data.train.classes), settings, progress=True
+    )
     metrics, table = {}, []
     for k, predicted in ranked.items():
         found = shared.accuracies(predicted, labels)
@@ -106,7 +110,10 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
         "test_images": len(data.test),
         "classes": len(data.train.classes),
         "ks_used": list(ranked),
+        "median_similarity_range": float(np.median(similarity[:, 0] - similarity[:, -1])),
     }
+    if settings.normalize and details["median_similarity_range"] < _NO_RANGE:
+        details["range_note"] = "the features of all images are nearly the same: neighbours are decided by rounding"
     tables = {"by_k": table, "by_class": shared.class_table(reported[:, 0], labels, data.train.classes)}
     return Result(metrics, tables, {"neighbours": _picture(data, index, reported[:, 0])}, details)
 
@@ -118,15 +125,15 @@ def classify(
     classes: int,
     settings: Settings,
     progress: bool = False,
-) -> tuple[dict[int, np.ndarray], np.ndarray]:
-    """({k: predicted labels, best first (`shared.rank`)}, rows of the training images nearest to each test image)."""
+) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
+    """({k: predicted labels, best first (`shared.rank`)}, similarity and index of `neighbours`)."""
     similarity, index = neighbours(train_NxD, test_MxD, settings, progress)
     parts: dict[int, list[np.ndarray]] = {}
     for start in range(0, len(test_MxD), settings.query_block):
         block = slice(start, start + settings.query_block)
         for k, votes in vote(similarity[block], train_labels[index[block]], classes, settings).items():
             parts.setdefault(k, []).append(shared.rank(votes))
-    return {k: np.concatenate(x) for k, x in parts.items()}, index
+    return {k: np.concatenate(x) for k, x in parts.items()}, similarity, index
 
 
 def neighbours(

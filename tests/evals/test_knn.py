@@ -47,7 +47,7 @@ def test_softmax_votes_equal_pytorch(blocks):
     assert votes.keys() == expected.keys()
     for k in expected:
         np.testing.assert_allclose(votes[k], expected[k], atol=2e-6)
-    ranked, nearest = knn.classify(train, train_labels, test, 9, settings)
+    ranked, _, nearest = knn.classify(train, train_labels, test, 9, settings)
     np.testing.assert_array_equal(nearest, index)
     for k in expected:
         np.testing.assert_array_equal(ranked[k][:, 0], expected[k].argmax(1))
@@ -58,7 +58,7 @@ def test_majority_votes_equal_sklearn(normalize):
     """The paper's text: a majority of the k nearest by L2 distance."""
     train, train_labels, test, _ = clusters(1, 150, 40, 12, 6)
     settings = knn.Settings(ks=(1, 10, 20), vote="majority", normalize=normalize, train_block=64)
-    ranked, _ = knn.classify(train, train_labels, test, 6, settings)
+    ranked, _, _ = knn.classify(train, train_labels, test, 6, settings)
     unit = (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)) if normalize else (lambda x: x)
     for k in (1, 10, 20):
         reference = KNeighborsClassifier(k, algorithm="brute").fit(unit(train), train_labels)
@@ -88,7 +88,7 @@ def test_equal_similarities_go_to_the_lower_row_in_any_blocks():
 def test_leaving_one_out_passes_over_the_nearest():
     train, train_labels, _, _ = clusters(2, 60, 1, 8, 4)
     settings = knn.Settings(ks=(7,), reported_k=7, leave_one_out=True, train_block=17)
-    _, index = knn.classify(train, train_labels, train, 4, settings)
+    _, _, index = knn.classify(train, train_labels, train, 4, settings)
     assert index.shape == (60, 7) and not (index == np.arange(60)[:, None]).any()
     with_self, _ = knn.neighbours(
         train, train, dataclasses.replace(settings, leave_one_out=False, ks=(8,), reported_k=8)
@@ -103,7 +103,7 @@ def test_leaving_one_out_passes_over_the_nearest():
 
 def test_ks_above_the_training_images_become_their_number():
     train, train_labels, test, _ = clusters(3, 15, 4, 8, 3)
-    ranked, index = knn.classify(train, train_labels, test, 3, knn.Settings())
+    ranked, _, index = knn.classify(train, train_labels, test, 3, knn.Settings())
     assert list(ranked) == [10, 15] and index.shape == (4, 15)
 
 
@@ -142,6 +142,13 @@ def test_whole_evaluation_on_shards(encoder, tmp_path):
     np.testing.assert_array_equal(again.images["neighbours"], picture_)
 
 
+def test_features_that_hardly_differ_are_reported(tmp_path):
+    """A fresh LayerScale of 1e-5 lets next to nothing of the image into the class token."""
+    data = knn.load(write_shards(tmp_path), SMALL)
+    result = knn.run(tiny_encoder(layerscale_init=1e-5), data, SMALL)
+    assert result.details["median_similarity_range"] < 1e-6 and "rounding" in result.details["range_note"]
+
+
 def test_shuffled_labels_are_at_chance(encoder, tmp_path):
     """The control: with labels that have nothing to do with the pictures the accuracy falls."""
     data = knn.load(write_shards(tmp_path, 30, 12), SMALL)
@@ -175,6 +182,7 @@ def test_encoders_without_class_token_and_with_other_patches(tmp_path):
     with pytest.raises(ValueError, match="colours has no class token: set token='patch_mean'"):
         knn.run(NoClassToken(), data, SMALL)
     result = knn.run(NoClassToken(), data, dataclasses.replace(SMALL, token="patch_mean"))
+    assert "range_note" not in result.details
     assert result.details["crop"] == 36 and "32 is no multiple of the patch size 12" in result.details["crop_note"]
 
 

@@ -26,7 +26,7 @@ def check_knn(path: Path) -> None:
         )
         similarity, index = knn.neighbours(train, test, settings)
         votes = knn.vote(similarity, train_labels[index], classes, settings)
-        ranked, _ = knn.classify(train, train_labels, test, classes, settings)
+        ranked, _, _ = knn.classify(train, train_labels, test, classes, settings)
         fixture.check(f"{name}/ks", list(votes), 0.0)
         fixture.check(f"{name}/min_gap_at_k", _gaps(train, test, list(votes)), 1e-6)
         for k in votes:
