@@ -18,7 +18,16 @@ import numpy as np
 from convert import gates
 from eupe_jax.models import zoo
 
-MODELS = ("eupe_vitb16", "dinov3_vits16plus", "eupe_convnext_base", "pe_core_b16_224", "pe_lang_l14_448")
+MODELS = (
+    "eupe_vitb16",
+    "dinov3_vits16plus",
+    "eupe_convnext_base",
+    "pe_core_b16_224",
+    "pe_lang_l14_448",
+    "siglip2_base_patch16_256",
+    "radio_v2_5_b",
+    "dune_vitb14_448",
+)
 
 
 def random_variables(module, side: int):

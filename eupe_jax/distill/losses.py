@@ -7,7 +7,7 @@ The paper leaves reductions open; means over tokens and batch, and a smooth-L1 b
 import jax
 import jax.numpy as jnp
 
-from eupe_jax.distill.resize import resize
+from eupe_jax.models.resize import resize
 
 COSINE_EPS = 1e-8  # PyTorch's cosine_similarity clamps each norm here
 

@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eupe_jax.distill.resize import resize
 from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.models.resize import resize
 
 CLASS_TOKENS = ("native", "patch_mean", "none")
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from eupe_jax.data.host import decode
 from eupe_jax.data.sources import Record
-from eupe_jax.distill.resize import resize_matrix
 from eupe_jax.evals.features import extract, load_arrays, save_arrays
 from eupe_jax.evals.interface import Encoder, Result
 from eupe_jax.evals.spair import ImageFiles, Pair, read_pairs
+from eupe_jax.models.resize import resize_matrix
 from eupe_jax.models.text_tower import unit
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -16,13 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from eupe_jax.data.host import random_generator
-from eupe_jax.distill.resize import resize
 from eupe_jax.evals import dense_data, dense_pictures, dense_training, depth_data, depth_metrics, linear_head
 from eupe_jax.evals.dense_transforms import IMAGENET_MEAN, DepthAugment, centre_pad, to_float
 from eupe_jax.evals.depth_data import Data
 from eupe_jax.evals.interface import Encoder, Result
 from eupe_jax.evals.linear_head import AdamW, Head
 from eupe_jax.evals.schedules import DepthSchedule, scaled
+from eupe_jax.models.resize import resize
 
 
 @dataclass(frozen=True)

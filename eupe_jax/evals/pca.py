@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from eupe_jax.distill.resize import resize
 from eupe_jax.evals.features import CentreCrop, extract
 from eupe_jax.evals.folders import Subset, read_folder
 from eupe_jax.evals.interface import Encoder, Result
+from eupe_jax.models.resize import resize
 
 FITS = ("image", "all")
 

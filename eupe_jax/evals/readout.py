@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eupe_jax.distill.resize import resize
+from eupe_jax.models.resize import resize
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from eupe_jax.data.host import random_generator
-from eupe_jax.distill.resize import resize
 from eupe_jax.evals import dense_data, dense_pictures, dense_training, linear_head, seg_metrics, segmentation_data
 from eupe_jax.evals.dense_transforms import IMAGENET_MEAN, SegmentationAugment, centre_pad, short_side_size, to_float
 from eupe_jax.evals.interface import Encoder, Result
@@ -26,6 +25,7 @@ from eupe_jax.evals.schedules import SegmentationSchedule, scaled
 from eupe_jax.evals.seg_metrics import IGNORE
 from eupe_jax.evals.segmentation_data import Data
 from eupe_jax.evals.sliding import merge, window_boxes
+from eupe_jax.models.resize import resize
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eupe_jax.distill.resize import resize
+from eupe_jax.models.resize import resize
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2
 

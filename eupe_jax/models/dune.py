@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
-from eupe_jax.models.positions import resize_positions
+from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import Block, norm_rows, timm_block_rows
 

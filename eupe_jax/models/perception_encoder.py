@@ -15,7 +15,7 @@ import numpy as np
 
 from eupe_jax.models.attention_pool import AttentionPool
 from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
-from eupe_jax.models.positions import resize_positions
+from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, attention_rows, mlp_rows, norm_rows
 

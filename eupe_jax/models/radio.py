@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eupe_jax.models.layers import AttentionFn, PatchEmbed, check_fit, stack_blocks
-from eupe_jax.models.positions import resize_positions
+from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import Block, timm_block_rows
 

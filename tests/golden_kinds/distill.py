@@ -9,7 +9,7 @@ import numpy as np
 from eupe_jax.distill.adapters import Adapter
 from eupe_jax.distill.losses import cosine_loss, patch_losses
 from eupe_jax.distill.normalization import Accumulator, Provenance, normalize
-from eupe_jax.distill.resize import resize
+from eupe_jax.models.resize import resize
 from tests.golden_kinds.common import Fixture, to_nchw, to_nhwc
 
 
