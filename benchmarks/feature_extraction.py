@@ -6,7 +6,8 @@ Both run the same weights over the same JPEG files through `evals.features.extra
 threads beside the computation, class tokens only. PyTorch is the readable module of convert/torch_vit.py, as it is and
 compiled. "forward" is the encoder alone on a ready batch, "extraction" all of it. The contenders take turns, and every
 round starts with another one; a ratio is the median over rounds of both times of the same round, so that a busy machine
-disturbs all alike. Seconds of processor time are told beside: they count what a busy machine takes away from the clock.
+disturbs all alike. Processor time is told beside. On a machine that others use too, measure with --cores=1: PyTorch's
+threads wait for each other by spinning, which costs it far more there than on a machine of its own.
 """
 
 import argparse
