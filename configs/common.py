@@ -9,6 +9,7 @@ takes seconds on a laptop and needs neither data nor weights.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -87,9 +88,15 @@ def base() -> ConfigDict:
     return config
 
 
-def evaluation(name: str, data: str, every: int, **settings) -> ConfigDict:
-    """One evaluation inside training: `name` as launch/evaluate.py --list has it, with its settings."""
-    return ConfigDict({"eval": name, "data": data, "every": every, "settings": settings})
+def evaluation(
+    name: str, data: str, every: int, *, teachers: Mapping[str, str] | None = None, **settings
+) -> ConfigDict:
+    """One evaluation inside training: `name` as launch/evaluate.py --list has it, with its settings.
+
+    teachers: name -> checkpoint (or host:package.module:Class) of experts, for similarity and zero_shot.
+    """
+    entry = {"eval": name, "data": data, "every": every, "settings": settings, "teachers": dict(teachers or {})}
+    return ConfigDict(entry)
 
 
 def student(

@@ -17,7 +17,7 @@ from absl import flags
 from eupe_jax.evals import registry, report
 from eupe_jax.training.checkpoints import versions
 from launch import cli
-from launch.load_any import load_any
+from launch.load_any import load_any, with_teachers
 
 CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "what to evaluate (pca takes several)")
 EVAL = flags.DEFINE_string("eval", None, f"one of {', '.join(registry.NAMES)}")
@@ -52,20 +52,19 @@ def main() -> None:
         "fingerprint": ", ".join(encoder.fingerprint for encoder in encoders),
         "data": str(folder.resolve()),
         "settings": dataclasses.asdict(settings),
+        "teachers": dict(_pair("teacher", text) for text in TEACHER.value),
     }
     found = report.read(out)
     if found is not None:
-        old = {key: found.get(key) for key in ("eval", "fingerprint", "data", "settings")}
+        old = {key: found.get(key) for key in ("eval", "fingerprint", "data", "settings", "teachers")}
         if old != _as_json({key: header[key] for key in old}):
             raise ValueError(f"--out {out} holds the result of another evaluation: choose another folder")
         print(f"{out} is complete already:")
         _show(found["metrics"])
         return
     data = module.load(folder, settings)
-    if TEACHER.value:
-        sources_of = dict(_pair("teacher", text) for text in TEACHER.value)
-        teachers = {key: load_any(path, dtype=DTYPE.value) for key, path in sources_of.items()}
-        data = dataclasses.replace(data, teachers=teachers)
+    if header["teachers"]:
+        data = with_teachers(data, header["teachers"], DTYPE.value)
     start = time.perf_counter()
     result = module.run(encoders if name == "pca" else encoders[0], data, settings, workdir=out / "work")
     header |= {

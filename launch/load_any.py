@@ -1,6 +1,9 @@
 """An encoder to evaluate from whatever a user has of it."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +42,19 @@ def load_any(source: str, student: str | None = None, model: str | None = None, 
         return FlaxEncoder(weights.load(path, student, model), checkpoint=source)
     loaded = load_encoder(source, student, dtype=jnp.dtype(dtype))
     return FlaxEncoder(loaded, checkpoint=source, student=loaded.student)
+
+
+def with_teachers(data: Any, teachers: Mapping[str, str], dtype: str = "float32") -> Any:
+    """The data of an evaluation together with the experts it compares with: name -> source.
+
+    Raises:
+      ValueError: the evaluation takes no experts, or as `load_any`.
+    """
+    if "teachers" not in {field.name for field in dataclasses.fields(data)}:
+        raise ValueError("this evaluation takes no teachers: similarity and zero_shot do")
+    return dataclasses.replace(
+        data, teachers={name: load_any(source, dtype=dtype) for name, source in teachers.items()}
+    )
 
 
 def untrained(name: str, dtype: str = "float32", seed: int = 0) -> FlaxEncoder:

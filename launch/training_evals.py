@@ -14,8 +14,9 @@ from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.training.checkpoints import LoadedEncoder, versions
 from eupe_jax.training.loop import Eval
+from launch.load_any import with_teachers
 
-FIELDS = {"eval", "data", "every", "settings"}
+FIELDS = {"eval", "data", "every", "settings", "teachers"}
 
 
 def training_evals(config: ConfigDict, workdir: epath.PathLike) -> list[Eval]:
@@ -44,6 +45,8 @@ class _Evaluation:
         self.module = registry.evaluation(entry.eval)
         self.settings = registry.settings(entry.eval, dict(entry.get("settings", {})))
         self.data = self.module.load(Path(entry.data), self.settings)
+        if entry.get("teachers"):
+            self.data = with_teachers(self.data, entry.teachers.to_dict())
         self._gather = jax.jit(lambda tree: tree, out_shardings=replicated(make_mesh()))
 
     def as_eval(self) -> Eval:
