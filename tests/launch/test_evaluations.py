@@ -1,6 +1,9 @@
 """Evaluations alone and inside training: same figures, no trace in what is trained, nothing lost by a kill."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,20 +19,27 @@ from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
 from launch.training_evals import training_evals
 from tests.evals.image_sets import write_shards
-from tests.launch.test_commands import assert_one_line, run
+from tests.launch.test_commands import ROOT, assert_one_line, run
 from tests.training.conftest import tiny_config
 
 SMALL = {"resize": 32, "crop": 32, "ks": (3,), "reported_k": 3, "batch_size": 6}
 
 
+def evaluated_config(folder):
+    """A tiny run with the statistics and the images in `folder`, which evaluates kNN every second step."""
+    config = tiny_config(steps=4)
+    config.statistics = f"{folder}/statistics"
+    config.evals.neighbours = common.evaluation("knn", f"{folder}/set", 2, **SMALL)
+    return config
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A config that evaluates kNN every second step, and the run it makes."""
+    """The config and the run it makes."""
     folder = tmp_path_factory.mktemp("evaluated")
-    config = tiny_config(steps=4)
-    measure_statistics(config, folder / "statistics")
-    config.statistics = str(folder / "statistics")
-    config.evals.neighbours = common.evaluation("knn", str(write_shards(folder / "set")), 2, **SMALL)
+    measure_statistics(tiny_config(steps=4), folder / "statistics")
+    write_shards(folder / "set")
+    config = evaluated_config(folder)
     state = train(config, folder / "run", evals=training_evals(config, folder / "run"))
     return config, folder, state
 
@@ -53,26 +63,40 @@ def test_evaluating_leaves_no_trace_in_what_is_trained(setting, tmp_path):
     assert [row["step"] for row in rows] == [2, 4] and all(0 <= row["neighbours/vit/top1"] <= 1 for row in rows)
 
 
+KILLED_RUN = """
+import os, signal, sys
+import tests.conftest
+from eupe_jax.evals import knn
+from eupe_jax.training.loop import train
+from launch.training_evals import training_evals
+from tests.launch.test_evaluations import evaluated_config
+
+knn.run = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+config = evaluated_config(sys.argv[1])
+train(config, sys.argv[2], evals=training_evals(config, sys.argv[2]))
+"""
+
+
 def test_a_run_killed_while_it_evaluates_goes_on_as_if_never_killed(setting, tmp_path, monkeypatch):
     config, folder, state = setting
+    command = [sys.executable, "-c", KILLED_RUN, str(folder), str(tmp_path / "run")]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoints.step_directory(tmp_path / "run").name == "2"
+
     real, calls = knn.run, []
 
-    def killed(*args, **kwargs):
+    def counted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(knn, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "run", evals=training_evals(config, tmp_path / "run"))
-    assert checkpoints.step_directory(tmp_path / "run").name == "2"
+    monkeypatch.setattr(knn, "run", counted)
     resumed = train(config, tmp_path / "run", evals=training_evals(config, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, resumed["students"], state["students"])
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == read_metrics(folder / "run" / "metrics.jsonl")
-    assert len(calls) == 3
+    assert len(calls) == 2, "of the step it was killed at, and of the last"
     train(config, tmp_path / "run", evals=training_evals(config, tmp_path / "run"))
-    assert len(calls) == 3, "a finished evaluation is not run again"
+    assert len(calls) == 2, "a finished evaluation is not run again"
 
 
 def test_evaluate_gives_the_figures_of_the_training_run(setting, tmp_path):
