@@ -2,9 +2,9 @@
 
 python benchmarks/precision.py [--models NAME ...] [--images FOLDER] [--json FILE]
 
-Norms, RoPE, softmax, LayerScale and the residual stream are float32 either way; only matrix products change
-(eupe_jax/models/layers.py). Weights are random at a scale where every part of every block counts (fan-in kernels,
-LayerScale, biases and norms off their initial values): published weights are not included here.
+Norms, RoPE, softmax, LayerScale and the residual stream are float32 either way; matrix products, their biases and
+activations change (eupe_jax/models/layers.py). Weights are random at a scale where every part of every block counts
+(fan-in kernels, LayerScale, biases and norms off their initial values): published weights are not included here.
 """
 
 import argparse
@@ -37,8 +37,6 @@ def random_variables(module, side: int):
 
     def draw(path, leaf):
         part = path[-1].key
-        if part == "rope_periods":
-            return None
         stacked = any(str(p.key).startswith(("blocks", "stages")) for p in path[:-1])
         fan_in = np.prod(leaf.shape[1 if stacked else 0 : -1])
         scale = fan_in**-0.5 if part in ("kernel", "proj") else 0.1

@@ -41,6 +41,10 @@ class LlavaVisionTower(nn.Module):
         if self.resolution % self._stride:
             raise ValueError(f"resolution {self.resolution} is not a multiple of {self._stride}")
         self.image_processor.size = {"height": self.resolution, "width": self.resolution}
+        self.image_processor.crop_size = self.image_processor.size  # LLaVA sizes its blank images by it
+
+    def load_model(self, **_: object) -> None:
+        """Nothing left to do: LLaVA calls it on towers that load late."""
 
     @property
     def num_patches_per_side(self) -> int:
@@ -63,8 +67,13 @@ class LlavaVisionTower(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, pixels_Bx3xHxW: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W], pixel-normalised -> [B, h * w, D] patch tokens after the final norm, rows from the top left."""
+    def forward(self, pixels_Bx3xHxW: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """[B, 3, H, W], pixel-normalised -> [B, h * w, D] patch tokens after the final norm, rows from the top left.
+
+        A list of images [3, H, W] of any sizes gives a list of [1, h * w, D].
+        """
+        if isinstance(pixels_Bx3xHxW, list):
+            return [self(image[None]) for image in pixels_Bx3xHxW]
         count = (pixels_Bx3xHxW.shape[2] // self._stride) * (pixels_Bx3xHxW.shape[3] // self._stride)
         tokens = self.model(pixels_Bx3xHxW.to(self.device, self.dtype)).last_hidden_state
         return tokens[:, -count:].to(pixels_Bx3xHxW.dtype)

@@ -34,12 +34,14 @@ from tqdm import tqdm
 
 from convert import cli
 from convert.transformers_layout import check_config
-from eupe_jax.models import interchange, text_tower, zoo
+from eupe_jax.models import interchange, perception_encoder, text_tower, zoo
 from eupe_jax.models.spec import EncoderSpec
 from eupe_jax.training import checkpoints, streaming, weight_files
 from eupe_jax.training.weight_files import WeightFile
 
 ENCODER = "encoder"  # the checkpoint's one student
+# Constructor arguments that say how to compute: for whoever loads the encoder to decide.
+COMPUTE_FIELDS = {"dtype", "residual_dtype", "remat", "scan_unroll", "attention_fn", "depthwise"}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _DISK_MARGIN = 1.02  # of what the arrays take: chunk tables, manifests
 
@@ -94,6 +96,8 @@ def convert(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     overrides = dict(overrides or {})
+    if set(overrides) & COMPUTE_FIELDS:
+        raise ValueError(f"{sorted(set(overrides) & COMPUTE_FIELDS)} say how to compute: set them where it is loaded")
     spec = zoo.spec(model, **overrides)
     out = _free_folder(out)
     with weight_files.open_weights(checkpoint) as weights:
@@ -126,7 +130,7 @@ def _plan(
     check_config(weights.path, module)
     extras, text = interchange.extras(family, weights), None
     both = _image_text(spec.name)
-    if both is not None and "token_embedding.weight" in extras:
+    if both is not None and any(name.startswith(perception_encoder.TEXT_NAMES) for name in extras):
         module = both.clone(visual=module, text=both.text.clone(**text_overrides))
         family, text = text_tower.FAMILY, {"overrides": dict(text_overrides)}
         extras = interchange.extras(family, weights)
@@ -291,13 +295,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapters", action="store_true", help="keep tensors that are no part of the encoder, e.g. projectors.*")
     add("--override", action="append", type=_override, default=[], metavar="FIELD=VALUE",
         help="constructor argument that differs from the zoo's, e.g. cls_output=proj; may be repeated")  # fmt: skip
+    add("--text_override", action="append", type=_override, default=[], metavar="FIELD=VALUE",
+        help="the same for the text tower of a pe_core file, e.g. depth=12")  # fmt: skip
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax writes dozens of lines a save, and a stack for every error
-    logging.getLogger(interchange.__name__).setLevel(logging.ERROR)  # what is left out is printed below
     start = time.perf_counter()
     try:
         manifest = convert(
@@ -307,8 +311,9 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             adapters=args.adapters,
             overrides=_hashable(dict(args.override)),
+            text_overrides=_hashable(dict(args.text_override)),
         )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, LookupError) as error:  # overrides may be anything
         print(f"error: {cli.one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -332,4 +337,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax writes dozens of lines a save, and a stack for every error
+    logging.getLogger(interchange.__name__).setLevel(logging.ERROR)  # `main` prints what is left out
     sys.exit(main())

@@ -10,6 +10,7 @@ authors' own modules: .safetensors with its metadata inside, or .pt with the met
 with others, such as the rounded ones of released weights, is refused.
 """
 
+import dataclasses
 import io
 import json
 import sys
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from convert import cli, gates, transformers_layout, weights
-from eupe_jax.models import interchange
+from eupe_jax.models import interchange, rope
 from eupe_jax.training.checkpoints import LoadedEncoder
 
 
@@ -41,7 +42,11 @@ def gate(encoder: LoadedEncoder, module: nn.Module, images_NxHxWx3=None) -> gate
 
 
 def convert(
-    encoder: LoadedEncoder, out: str | Path, images: str | Path | None = None, layout: str = "official"
+    encoder: LoadedEncoder,
+    out: str | Path,
+    images: str | Path | None = None,
+    layout: str = "official",
+    recompute_periods: bool = False,
 ) -> dict[str, Any]:
     """Gates, then writes `out`; returns the metadata written with it, gate figures included.
 
@@ -49,6 +54,8 @@ def convert(
       out: file to write, .safetensors or .pt; with the layout "transformers" a folder, new or empty.
       images: folder of photographs for the gate.
       layout: "official" or "transformers".
+      recompute_periods: let go of the RoPE periods as stored (rounded to bfloat16 in released weights), which
+        `transformers` cannot hold; how far features move stands in the metadata.
 
     Raises:
       GateError, ValueError, OSError: nothing was written.
@@ -61,15 +68,22 @@ def convert(
         weights.check_writable(out)
     else:
         raise ValueError(f"--out {out}: the name must end in .safetensors or .pt")
+    photographs = gates.load_images(images, encoder.resolution, encoder.resolution)
+    moved = None
+    if recompute_periods:
+        pixels, original = gates.normalise(encoder, photographs), encoder
+        encoder = with_computed_periods(encoder)
+        moved = gates.compare(gates.flax_features(original, pixels), gates.flax_features(encoder, pixels))
     try:
         state_dict = interchange.to_state_dict(encoder.name, encoder.variables, layout=layout, **encoder.overrides)
     except interchange.InterchangeError as e:
-        hint = "" if layout == "official" else "; --layout official keeps everything"
+        hint = "" if layout == "official" else "; --layout official keeps all, --recompute_periods lets periods go"
         raise ValueError(f"{e}{hint}") from None
-    photographs = gates.load_images(images, encoder.resolution, encoder.resolution)
     report = gate(encoder, weights.to_module(encoder), photographs)
     metadata = weights.describe(encoder) | {"layout": layout, "weights_sha256": weights.digest(state_dict)}
     metadata["gates"] = {"flax_vs_torch": report}
+    if moved is not None:
+        metadata["recomputed_periods"] = moved
     header = json.dumps(metadata, indent=2)
     if layout == "transformers":
 
@@ -87,6 +101,21 @@ def convert(
     return metadata
 
 
+def with_computed_periods(encoder: LoadedEncoder) -> LoadedEncoder:
+    """The encoder with the RoPE periods that its settings give.
+
+    Raises:
+      ValueError: it has none.
+    """
+    module, buffers = encoder.module, encoder.variables.get("buffers", {})
+    if "rope_periods" not in buffers:
+        raise ValueError(f"{encoder.name} has no RoPE periods to recompute")
+    head_dim = module.embed_dim // module.num_heads
+    periods = rope.rope_periods(head_dim, module.rope_base, module.rope_min_period, module.rope_max_period)
+    variables = {**encoder.variables, "buffers": {**buffers, "rope_periods": np.asarray(periods, np.float32)}}
+    return dataclasses.replace(encoder, variables=variables)
+
+
 def gate_folder(encoder: LoadedEncoder, folder: Path, images_NxHxWx3: np.ndarray) -> gates.Report:
     """`gate` for the model that `transformers` loads from a folder."""
     pixels = gates.normalise(encoder, images_NxHxWx3)
@@ -101,13 +130,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", required=True, metavar="PATH", help="file to write, .safetensors or .pt; transformers: a folder")
     add("--layout", choices=("official", "transformers"), default="official", help="whose names (default: official)")
     add("--images", metavar="DIR", help="photographs for the check (default: scikit-image's)")
+    add("--recompute_periods", action="store_true", help="let go of stored RoPE periods (transformers has none)")
     args = parser.parse_args(argv)
     try:
         encoder = weights.load(args.checkpoint, args.student, args.model)
-        metadata = convert(encoder, args.out, args.images, args.layout)
+        metadata = convert(encoder, args.out, args.images, args.layout, args.recompute_periods)
     except (ValueError, OSError) as e:
         print(f"error: {weights.one_line(e)}", file=sys.stderr)
         return 1
+    for name, figures in metadata.get("recomputed_periods", {}).items():
+        print(f"recomputed RoPE periods move {name} by at most {figures['max_abs']:.2e} standard deviations")
     for gate_name, report in metadata["gates"].items():
         what = {"flax_vs_torch": "PyTorch", "flax_vs_transformers": "transformers"}[gate_name]
         for name, figures in report.items():

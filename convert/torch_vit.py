@@ -155,7 +155,8 @@ class VisionTransformer(nn.Module):
             hidden = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
             num_storage_tokens = state_dict["storage_tokens"].shape[1] if "storage_tokens" in state_dict else 0
         except KeyError as e:
-            raise ValueError(f"not the weights of a vision transformer student: tensor {e} is missing") from None
+            kind = "a vision transformer student (plain MLP, masked key bias)"
+            raise ValueError(f"not the weights of {kind}: tensor {e} is missing") from None
         if dim % head_dim:
             raise ValueError(f"width {dim} does not divide into heads of {head_dim}, as 'rope_embed.periods' says")
         depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in state_dict)

@@ -37,7 +37,10 @@ def load(path: str | Path, student: str | None = None, model: str | None = None)
     """
     if not weight_files.is_weights(path):
         if Path(path).is_dir():
-            return _in_float32(load_encoder(path, student))
+            encoder = _in_float32(load_encoder(path, student))
+            if model not in (None, encoder.name):
+                raise ValueError(f"{path} holds {encoder.name!r}, not {model!r}")
+            return encoder
         if not Path(path).exists():
             raise FileNotFoundError(f"no checkpoint folder and no weights file at {path}")
     with weight_files.open_weights(path) as tensors:
@@ -55,7 +58,7 @@ def load(path: str | Path, student: str | None = None, model: str | None = None)
             variables = interchange.from_state_dict(described["model"], tensors, **overrides)
             module = zoo.build(described["model"], **overrides)
             check_config(path, module)
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, ArithmeticError, LookupError) as e:  # metadata may say anything
             raise ValueError(f"{path}: {e}") from None
         tensors.require_finite()
     return LoadedEncoder(described["model"], overrides, module, variables, described, student or "")

@@ -7,7 +7,6 @@ command resumes what was stopped, and does nothing more where the result is comp
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -56,8 +55,7 @@ def main() -> None:
     }
     found = report.read(out)
     if found is not None:
-        old = {key: found.get(key) for key in ("eval", "fingerprint", "data", "settings", "teachers")}
-        if old != _as_json({key: header[key] for key in old}):
+        if not report.same(found, header):
             raise ValueError(f"--out {out} holds the result of another evaluation: choose another folder")
         print(f"{out} is complete already:")
         _show(found["metrics"])
@@ -82,10 +80,6 @@ def _pair(flag: str, text: str) -> tuple[str, str]:
     if not equals or not key:
         raise ValueError(f"--{flag} {text!r}: expected NAME=VALUE")
     return key, value
-
-
-def _as_json(value):
-    return json.loads(json.dumps(value, default=str))
 
 
 def _show(metrics: dict[str, float]) -> None:

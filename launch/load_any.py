@@ -39,7 +39,9 @@ def load_any(source: str, student: str | None = None, model: str | None = None, 
     if weight_files.is_weights(path):
         from convert import weights  # needs torch, which a training pod does not have
 
-        return FlaxEncoder(weights.load(path, student, model), checkpoint=source)
+        loaded = weights.load(path, student, model)
+        module = zoo.build(loaded.name, dtype=jnp.dtype(dtype), **loaded.overrides)
+        return FlaxEncoder(dataclasses.replace(loaded, module=module), checkpoint=source)
     loaded = load_encoder(source, student, dtype=jnp.dtype(dtype))
     return FlaxEncoder(loaded, checkpoint=source, student=loaded.student)
 
@@ -50,7 +52,7 @@ def with_teachers(data: Any, teachers: Mapping[str, str], dtype: str = "float32"
     Raises:
       ValueError: the evaluation takes no experts, or as `load_any`.
     """
-    if "teachers" not in {field.name for field in dataclasses.fields(data)}:
+    if "teachers" not in getattr(data, "__dataclass_fields__", ()):
         raise ValueError("this evaluation takes no teachers: similarity and zero_shot do")
     return dataclasses.replace(
         data, teachers={name: load_any(source, dtype=dtype) for name, source in teachers.items()}

@@ -1,6 +1,8 @@
 """The evaluations that a recipe asks for inside training (`config.evals`), as the loop takes them."""
 
 import dataclasses
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -28,15 +30,13 @@ def training_evals(config: ConfigDict, workdir: epath.PathLike) -> list[Eval]:
     Raises:
       ValueError, OSError: unknown evaluation, field or setting; data missing or broken.
     """
-    return [_Evaluation(name, entry, config, Path(workdir)).as_eval() for name, entry in config.evals.items()]
+    return [_Evaluation(name, entry, config, epath.Path(workdir)).as_eval() for name, entry in config.evals.items()]
 
 
 class _Evaluation:
-    def __init__(self, name: str, entry: ConfigDict, config: ConfigDict, workdir: Path) -> None:
+    def __init__(self, name: str, entry: ConfigDict, config: ConfigDict, workdir: epath.Path) -> None:
         if set(entry) - FIELDS or not {"eval", "data", "every"} <= set(entry):
             raise ValueError(f"evals.{name} takes the fields {sorted(FIELDS)}, got {sorted(entry)}")
-        if entry.every < 1:
-            raise ValueError(f"evals.{name}.every must be at least 1 step, got {entry.every}")
         if entry.eval == "pca" or not Path(entry.data).exists():
             problem = "pca takes several encoders" if entry.eval == "pca" else f"no such folder: {entry.data}"
             raise ValueError(f"evals.{name}: {problem}")
@@ -66,10 +66,6 @@ class _Evaluation:
     def _measure(self, step: int, student: str, variables: dict) -> dict[str, float]:
         encoder = self._encoder(student, variables)
         folder = self.folder / student / str(step)
-        found = report.read(folder)
-        if found is not None and found["fingerprint"] == encoder.fingerprint:
-            return found["metrics"]
-        result = self.module.run(encoder, self.data, self.settings, workdir=folder / "work")
         header = {
             "eval": self.entry.eval,
             "encoder": encoder.name,
@@ -78,9 +74,20 @@ class _Evaluation:
             "fingerprint": encoder.fingerprint,
             "data": str(Path(self.entry.data).resolve()),
             "settings": dataclasses.asdict(self.settings),
-            "versions": versions(),
+            "teachers": ConfigDict(self.entry.get("teachers", {})).to_dict(),
         }
-        report.write(folder, result, header, step)
+        found = report.read(folder)
+        if found is not None and report.same(found, header):
+            return found["metrics"]
+        # What a killed evaluation left, to go on from; nothing that a finished one needs.
+        remote = "://" in str(folder)
+        work = Path(tempfile.mkdtemp(prefix="evaluation_")) if remote else Path(folder) / "work"
+        try:
+            result = self.module.run(encoder, self.data, self.settings, workdir=work)
+            report.write(folder, result, header | {"versions": versions()}, step)
+        finally:
+            if remote or report.read(folder) is not None:
+                shutil.rmtree(work, ignore_errors=True)
         return result.metrics
 
     def _encoder(self, student: str, variables: dict) -> FlaxEncoder:

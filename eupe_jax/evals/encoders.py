@@ -44,7 +44,10 @@ class FlaxEncoder:
         scale = 255.0 if images.dtype == jnp.uint8 else 1.0
         pixels = (images.astype(jnp.float32) / scale - mean) / std
         training = {} if key is None else {"train": True, "rngs": {"rope": key}}
-        tokens = self.loaded.module.apply(variables, pixels, **training)
+        # float32 is meant as such: accelerators would otherwise round matrix products
+        precision = "highest" if self.loaded.module.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision):
+            tokens = self.loaded.module.apply(variables, pixels, **training)
         return {kind: tokens[kind] for kind in ("cls", "patches") if kind in tokens}
 
     def __call__(self, images_BxHxWx3: np.ndarray, *, key: jax.Array | None = None) -> Tokens:
@@ -103,8 +106,11 @@ class PteEncoder:
         self.fingerprint = hashlib.sha256((sha256_file(path) + sha256_file(sidecar)).encode()).hexdigest()
         self._torch = torch
         self._bytes = path.read_bytes()  # the runtime reads weights from them while it runs
-        self._program = Runtime.get().load_program(self._bytes)
-        self._method = self._program.load_method(method)
+        try:
+            self._program = Runtime.get().load_program(self._bytes)
+            self._method = self._program.load_method(method)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no program that the ExecuTorch runtime can load: {error}") from None
 
     def __call__(self, images_BxHxWx3: np.ndarray, *, key: jax.Array | None = None) -> Tokens:
         del key

@@ -151,7 +151,7 @@ def neighbours(
         raise ValueError(f"{len(train_NxD)} training image(s) are too few to find neighbours among")
     if settings.normalize:
         train_NxD, test_MxD = _unit(train_NxD), _unit(test_MxD)
-    mesh = make_mesh()
+    mesh = make_mesh(devices=jax.local_devices())
     rows = -(-min(settings.query_block, len(test_MxD)) // mesh.size) * mesh.size
     queries, best = [], []
     for start in range(0, len(test_MxD), rows):

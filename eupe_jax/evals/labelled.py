@@ -87,18 +87,17 @@ def load_train_test(folder: Path, test_split: str = "") -> TrainTest:
 
 
 def load_test(folder: Path, split: str = "") -> LabelledImages:
-    """The split of that name, by default whichever of "val", "validation" and "test" is there.
+    """The split of that name, by default the first of "val", "validation" and "test" that is there.
 
     Raises:
-      DataError: none or several of them and no name given, and all that `load_split` raises.
+      DataError: none of them is there, and all that `load_split` raises.
     """
     folder = Path(folder)
     if split:
         return load_split(folder, split)
     found = [s for s in TEST_SPLITS if (folder / s).is_dir() or any(folder.glob(f"{s}-*.tar"))]
-    if len(found) != 1:
-        fix = "; say which with test_split" if found else ""
-        raise DataError(f"{folder}: expected one split out of {', '.join(TEST_SPLITS)}, found {found or 'none'}{fix}")
+    if not found:
+        raise DataError(f"{folder}: expected a split called {', '.join(TEST_SPLITS)}, or one named by test_split")
     return load_split(folder, found[0])
 
 

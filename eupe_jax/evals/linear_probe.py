@@ -173,7 +173,7 @@ class _Solver:
     """Fits on any subset of the rows; all fits share one compiled program, and rows are cut over all devices."""
 
     def __init__(self, x_NxD: np.ndarray, labels_N: np.ndarray, classes: int, settings: Settings):
-        self._settings, self._mesh = settings, make_mesh()
+        self._settings, self._mesh = settings, make_mesh(devices=jax.local_devices())
         self._count, devices = len(x_NxD), self._mesh.size
         self._rows = -(-min(settings.block, len(x_NxD)) // devices) * devices
         self._blocks = -(-len(x_NxD) // self._rows)

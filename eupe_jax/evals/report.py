@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from tensorboardX import SummaryWriter
 from eupe_jax.evals.interface import Result
 
 METRICS = "metrics.json"
+# Two results that agree in these are one.
+IDENTITY = ("eval", "fingerprint", "data", "settings", "teachers")
 
 
 def write(folder: epath.PathLike, result: Result, header: Mapping[str, Any], step: int = 0) -> None:
@@ -35,7 +36,7 @@ def write(folder: epath.PathLike, result: Result, header: Mapping[str, Any], ste
         _replace(folder / f"{name}.png", buffer.getvalue())
     events = folder / "tensorboard"
     if events.exists():
-        shutil.rmtree(events)
+        events.rmtree()
     with SummaryWriter(str(events)) as writer:
         for name, value in result.metrics.items():
             writer.add_scalar(f"{header['eval']}/{name}", value, step)
@@ -61,6 +62,12 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not the result of an evaluation: {error}") from None
     return content
+
+
+def same(found: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
+    """Whether a result is of the very evaluation that `header` describes."""
+    wanted = json.loads(json.dumps({key: header[key] for key in IDENTITY}, default=_plain))
+    return wanted == {key: found.get(key) for key in IDENTITY}
 
 
 def _plain(value: Any) -> Any:

@@ -55,7 +55,7 @@ def load(folder: Path, train_list: str, val_list: str, reduce_zero_label: bool, 
     train, val = _pairs(folder, train_list), _pairs(folder, val_list)
     for split in (train, val):
         dense_data.check_sizes(split, threads)
-    classes = _classes(folder) or _counted_classes(train, reduce_zero_label, threads)
+    classes = _classes(folder) or _counted_classes([*train, *val], reduce_zero_label, threads)
     digest = dense_data.digest([*train, *val], classes, reduce_zero_label)
     data = Data(tuple(train), tuple(val), classes, reduce_zero_label, digest)
 
@@ -106,13 +106,13 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _counted_classes(train: list[Pair], reduce_zero_label: bool, threads: int) -> tuple[str, ...]:
-    """As many classes as the largest training label says, where nothing names them."""
+def _counted_classes(pairs: list[Pair], reduce_zero_label: bool, threads: int) -> tuple[str, ...]:
+    """As many classes as the largest label says, where nothing names them."""
 
     def largest(pair: Pair) -> int:
         label = _read_raw(pair)
         label = reduce_zero(label) if reduce_zero_label else label
         return int(np.max(label, where=label != IGNORE, initial=0))
 
-    count = max(dense_data.in_order(largest, train, threads, "counting classes")) + 1
+    count = max(dense_data.in_order(largest, pairs, threads, "counting classes")) + 1
     return tuple(f"class {i + reduce_zero_label}" for i in range(count))

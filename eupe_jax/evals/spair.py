@@ -85,8 +85,12 @@ def read_pairs(root: Path, split: str = "test", layout: str = "large") -> tuple[
 def _listed(folder: Path, listed: Path) -> list[Path]:
     """The annotation of every line; the colon before the category may have become an underscore in either place."""
     present = {p.name.replace(":", "_"): p for p in folder.glob("*.json")}
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listed} cannot be read as a list: {error}") from None
     files = []
-    for number, line in enumerate(listed.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name = f"{line.strip()}.json".replace(":", "_")

@@ -326,7 +326,7 @@ def class_embeddings(
     text = expert.module.text
     facts = (tuple(names), tuple(templates), fingerprint(expert.text), jnp.dtype(text.dtype).name)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
-    mesh = make_mesh()
+    mesh = make_mesh(devices=jax.local_devices())
     variables = jax.device_put({"params": expert.text}, replicated(mesh))
     batch_size = -(-batch_size // mesh.size) * mesh.size
     pieces = []

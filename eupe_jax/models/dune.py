@@ -31,7 +31,7 @@ class Dune(nn.Module):
       image_size: native side in pixels; fixes the size of the position table, other sizes interpolate it.
       final_norm: whether outputs pass the final norm, as the encoder alone returns them. The authors trained their
         projectors on tokens that do not.
-      position_offset, position_antialias: of the interpolation, see `positions.resize_positions`.
+      position_offset, position_antialias: of the interpolation, see `resize.resize_positions`.
       dtype, residual_dtype, remat, scan_unroll, attention_fn: as for `vit.VisionTransformer`.
     """
 

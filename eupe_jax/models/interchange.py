@@ -346,13 +346,18 @@ def _own_tensors(tensors: Mapping[str, Any], layout: Layout) -> tuple[dict[str, 
     """The tensors of the encoder itself under their bare names, and those known to belong elsewhere."""
     tensors = _strip_prefixes(tensors, layout.prefixes)
     nested = layout.within is not None and any(name.startswith(layout.within) for name in tensors)
-    own, left_out = {}, {}
+    own, left_out, strays = {}, {}, {}
     for name, value in tensors.items():
-        if name.startswith(layout.extras) or (nested and not name.startswith(layout.within)):
+        outside = nested and not name.startswith(layout.within)
+        if name.startswith(layout.extras) or (outside and name.startswith(layout.beside)):
             left_out[name] = value
+        elif outside:
+            strays[name] = value
         else:
             bare = name.removeprefix(layout.within) if nested else name
             own[_renamed(bare, layout.renames)] = value
+    for name, value in strays.items():  # not known to belong anywhere: to be reported as unexpected
+        own[name if name not in own else f"{name} (outside {layout.within})"] = value
     if len(own) + len(left_out) < len(tensors):
         twice = [name for name in tensors if (new := _renamed(name, layout.renames)) != name and new in tensors]
         raise InterchangeError("their layout", [f"{name} is there under two names" for name in twice])

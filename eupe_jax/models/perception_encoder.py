@@ -278,5 +278,9 @@ SPECS = (
     ),
 )
 
-LAYOUTS = {"official": Layout(TABLE, within="visual.")}
+# The text tower's names, beside the vision tower's in files of core models.
+TEXT_NAMES = (
+    "token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection", "logit_scale"
+)  # fmt: skip
+LAYOUTS = {"official": Layout(TABLE, within="visual.", beside=TEXT_NAMES)}
 FAMILY = Family("perception_encoder", PerceptionEncoder, SPECS, _describe, LAYOUTS)

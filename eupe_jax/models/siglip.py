@@ -147,6 +147,7 @@ TRANSFORMERS = Layout(
         *dense_rows("attn_pool/mlp/fc2", "head.mlp.fc2"),
     ),
     within="vision_model.",
+    beside=("text_model.", "logit_scale", "logit_bias"),
 )
 
 # size -> width, depth, heads, hidden width

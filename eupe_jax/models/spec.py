@@ -107,8 +107,8 @@ class Layout:
       renames: prefix -> prefix that names have elsewhere under this layout, replaced on import.
       prefixes: prefixes to strip when every tensor carries them.
       extras: prefixes of known tensors that are no part of the encoder (adapters, heads): reported and left out.
-      within: prefix of the encoder's tensors in the state_dict of a larger model; if any tensor carries it, those that
-        do not are reported and left out.
+      within: prefix of the encoder's tensors in the state_dict of a larger model.
+      beside: prefixes of that larger model's other tensors: reported and left out where `within` is in use.
     """
 
     table: tuple[Tensor, ...]
@@ -121,6 +121,7 @@ class Layout:
     prefixes: tuple[str, ...] = ("module.",)
     extras: tuple[str, ...] = ()
     within: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

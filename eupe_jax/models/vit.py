@@ -235,6 +235,7 @@ def _describe(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "patch_dim": module.embed_dim,
         "patch_size": module.patch_size,
         "num_storage_tokens": module.num_storage_tokens,
+        "resolution": max(256 // module.patch_size, 1) * module.patch_size,
     }
 
 

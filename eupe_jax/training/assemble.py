@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,13 @@ from eupe_jax.training.optimizer import make_optimizer
 LOGGER = logging.getLogger(__name__)
 
 RANDOM = "random"
+# Constructor arguments that only choose which tokens an encoder gives; its weights are the same.
+OUTPUT_FIELDS = ("cls_output", "patch_output")
+# Others that weights do not depend on: how to compute, initial values, and what only training uses.
+FREE_OVERRIDES = (
+    *OUTPUT_FIELDS, "residual_dtype", "remat", "scan_unroll", "depthwise", "layerscale_init",
+    "rope_rescale", "rope_shift", "rope_jitter",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +103,9 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
             raise ValueError(
                 f"teachers.{name}.model is {entry.model!r}, but {entry.checkpoint} holds {encoder.name!r}"
             )
-        spec, module, variables = zoo.spec(encoder.name, **encoder.overrides), encoder.module, encoder.variables
-        spec = dataclasses.replace(spec, mean=encoder.mean, std=encoder.std)
+        overrides = _overrides(name, entry, encoder)
+        spec, module = zoo.spec(encoder.name, **overrides), zoo.build(encoder.name, dtype=dtype, **overrides)
+        spec, variables = dataclasses.replace(spec, mean=encoder.mean, std=encoder.std), encoder.variables
         if encoder.manifest.get("adapters"):
             statistics = checkpoints.load_statistics(entry.checkpoint)
             loaded.chains[name] = {
@@ -107,7 +116,10 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
                 "adapters": encoder.manifest["adapters"],
                 "statistics": {k: s.header() for k, s in statistics.items()},
             }
-    weights = fingerprint(variables)
+    # Another choice of outputs makes other features of the same weights.
+    usual = zoo.build(entry.model)
+    chosen = {k: v for k, v in entry.overrides.items() if k in OUTPUT_FIELDS and v != getattr(usual, k)}
+    weights = "+".join([fingerprint(variables), *(f"{k}={v}" for k, v in sorted(chosen.items()))])
     if dtype != jnp.float32:
         # exact: kernels are cast to the compute type at every use anyway
         variables = jax.tree_util.tree_map_with_path(
@@ -115,6 +127,22 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
         )
     loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh))
     loaded.by_name[name] = _teacher(name, entry, _teacher_spec(name, entry, spec, weights), module)
+
+
+def _overrides(name: str, entry: ConfigDict, encoder: checkpoints.LoadedEncoder) -> dict:
+    """How the checkpoint's encoder was built, with the outputs that the config chooses.
+
+    Raises:
+      ValueError: the config changes more than the outputs, which the checkpoint's weights would not fit.
+    """
+    wanted = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.overrides.to_dict().items()}
+    for field, value in wanted.items():
+        held = getattr(encoder.module, field)
+        if field not in FREE_OVERRIDES and value != held:
+            raise ValueError(
+                f"teachers.{name}.overrides.{field} is {value!r}, but {entry.checkpoint} holds an encoder with {held!r}"
+            )
+    return {**encoder.overrides, **wanted}
 
 
 def _with_token(weights: str, entry: ConfigDict) -> str:
@@ -175,8 +203,19 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
     path = epath.Path(entry.init_from)
     backbone = {"params": student["params"]["backbone"], "buffers": student["buffers"]}
     if weight_files.is_weights(entry.init_from):
+        if os.path.isdir(entry.init_from):
+            raise ValueError(
+                f"students.{name}.init_from: {path} is a folder of weights; name the file in it, or convert it first "
+                "(convert/teachers_to_orbax.py), which checks its config.json as well"
+            )
         with weight_files.open_weights(entry.init_from) as weights:
-            variables = interchange.from_state_dict(entry.model, weights, **entry.overrides)
+            described = weight_files.read_description(weights) or {"model": entry.model}
+            if described["model"] != entry.model:
+                raise ValueError(f"students.{name}.init_from: {path} holds {described['model']!r}, not {entry.model!r}")
+            try:
+                variables = interchange.from_state_dict(entry.model, weights, **entry.overrides)
+            except interchange.InterchangeError as error:
+                raise ValueError(f"students.{name}.init_from: {path}: {error}") from None
             weights.require_finite()
         variables = {"params": variables["params"], "buffers": variables.get("buffers", {})}
         variables = jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), variables, backbone)

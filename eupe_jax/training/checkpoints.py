@@ -167,6 +167,10 @@ def read_manifest(path: epath.PathLike) -> dict:
         raise ValueError(f"{step / MANIFEST} cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{step} is not a checkpoint of eupe_jax (its manifest is not of format {FORMAT!r})")
+    needed = {"model", "overrides", "resolution", "mean", "std"}
+    students = manifest.get("students")
+    if not isinstance(students, dict) or not all(isinstance(s, dict) and needed <= s.keys() for s in students.values()):
+        raise ValueError(f"{step / MANIFEST} is damaged: every one of its students needs {sorted(needed)}")
     return manifest
 
 

@@ -49,6 +49,7 @@ def train(
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     pipeline.check_config(config)
+    check_evals(evals, config.log_every)
     main_process = jax.process_index() == 0
     check_workdir(workdir, config)
     mesh = make_mesh(config.mesh.fsdp)
@@ -118,7 +119,7 @@ def train(
             due = evals_due(evals, done, config.total_steps)
             saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
             if due:  # saved and logged first: a run that is killed while evaluating loses nothing
-                log(done, running.pop(final=True))
+                log(done, running.pop(final=True))  # what the next step would log
                 saver.wait()
                 evaluate(due, done)
         if start < end:
@@ -129,6 +130,17 @@ def train(
         writer.close()
         saver.close()
     return state
+
+
+def check_evals(evals: Sequence[Eval], log_every: int) -> None:
+    """Evaluations fall on steps that are logged, so that they move no line of the loss curve.
+
+    Raises:
+      ValueError: names the evaluation and the fix.
+    """
+    for each in evals:
+        if each.every < 1 or each.every % log_every:
+            raise ValueError(f"evals.{each.name}.every must be a multiple of log_every ({log_every}), got {each.every}")
 
 
 def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:

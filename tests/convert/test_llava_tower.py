@@ -42,7 +42,10 @@ def test_tower_gives_our_patch_tokens_at_any_resolution(exported):
     stride = 64 // features["patches"].shape[1]
     np.testing.assert_allclose(tokens.numpy(), features["patches"].reshape(2, -1, 64), rtol=0, atol=2e-5)
     assert tokens.shape == (2, tower.num_patches, tower.hidden_size)
+    listed = tower(list(nchw(pixels)))
+    np.testing.assert_allclose(torch.cat(listed).numpy(), tokens.numpy(), rtol=0, atol=1e-5)
     large = LlavaVisionTower(folder, resolution=96)
+    assert large.image_processor.crop_size["height"] == 96
     assert large.num_patches == (96 // stride) ** 2
     picture = large.image_processor(np.zeros((40, 50, 3), np.uint8), return_tensors="pt")["pixel_values"]
     assert large(picture).shape == (1, large.num_patches, 64)

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import eupe_jax
 from convert import teachers_to_orbax, transformers_layout
@@ -189,6 +189,32 @@ def test_text_towers_come_along(tmp_path):
     np.testing.assert_array_equal(loaded.apply(loaded_variables, images, tokens)["logits"], expected)
 
 
+def test_what_lies_beside_a_tower_is_known_or_refused(tmp_path):
+    """A text tower with a hole is not taken for none, and nothing unknown is left out for lying outside `visual.`."""
+    image_text_file(tmp_path / "pe.safetensors")
+    tensors = load_file(tmp_path / "pe.safetensors")
+    broken = {
+        r"missing token_embedding\.weight": {k: v for k, v in tensors.items() if k != "token_embedding.weight"},
+        r"unexpected stray\.weight": tensors | {"stray.weight": np.zeros(3, np.float32)},
+        r"unexpected conv1\.weight": tensors | {"conv1.weight": np.zeros(3, np.float32)},
+    }
+    for number, (message, content) in enumerate(broken.items()):
+        save_file(content, tmp_path / f"{number}.safetensors")
+        with pytest.raises(ValueError, match=message):
+            teachers_to_orbax.convert(
+                "pe_core_t16_384", tmp_path / f"{number}.safetensors", tmp_path / "o", overrides=PE, text_overrides=TEXT
+            )
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("override", ["dtype=bfloat16", "num_heads=0", "patch_size=0", "depth=-1", "nothing=3"])
+def test_overrides_that_make_no_encoder_end_in_one_line(vit, tmp_path, capsys, override):
+    save_file(official(vit), tmp_path / "x.safetensors")
+    command = [f"--model={vit.name}", f"--checkpoint={tmp_path / 'x.safetensors'}", f"--out={tmp_path / 'o'}"]
+    assert teachers_to_orbax.main([*command, f"--override={override}"]) == 1
+    assert capsys.readouterr().err.count("error:") == 1 and not (tmp_path / "o").exists()
+
+
 def test_towers_without_texts_have_none_to_load(tmp_path):
     _, variables = image_text_file(tmp_path / "pe.safetensors")
     module = zoo.build("pe_core_t16_384", **PE)
@@ -232,6 +258,8 @@ def test_a_training_run_takes_it_as_teacher_and_as_start(vit, tmp_path):
     config = tiny_config()
     config.teachers.a.model = vit.name
     del config.teachers.b
+    small = dict(config.teachers.a.overrides)
+    config.teachers.a.overrides = {}
     config.teachers.a.dtype = "bfloat16"
     mesh = make_mesh(config.mesh.fsdp)
     config.teachers.a.checkpoint = str(tmp_path / "x.safetensors")
@@ -240,6 +268,10 @@ def test_a_training_run_takes_it_as_teacher_and_as_start(vit, tmp_path):
     config.teachers.a.checkpoint = str(tmp_path / "o")
     config.students.vit.init_from = str(tmp_path / "o")
     config.students.vit.overrides = vit.overrides
+    config.teachers.a.overrides = small
+    with pytest.raises(ValueError, match="teachers.a.overrides.embed_dim is 32, but .* with 64"):
+        assemble.load_teachers(config, mesh)
+    config.teachers.a.overrides = {}
     teachers = assemble.load_teachers(config, mesh)
     assert teachers.variables["a"]["params"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == jnp.bfloat16
     assert not teachers.chains

@@ -163,7 +163,7 @@ def test_what_transformers_cannot_hold_is_refused(vit, tmp_path, photographs):
         module = dataclasses.replace(computed_periods(vit).module, **overrides)
         return dataclasses.replace(computed_periods(vit), module=module, overrides=vit.overrides | overrides)
 
-    refused(vit, r"rope_periods is computed .* change by up to 1\.00%.*; --layout official keeps everything")
+    refused(vit, r"rope_periods is computed .* change by up to 1\.00%.*; --layout official keeps all")
     rounded = rope.rope_periods(32).view(np.uint32) + 0x8000 & 0xFFFF0000
     variables = vit.variables | {"buffers": {"rope_periods": rounded.view(np.float32)}}
     refused(dataclasses.replace(vit, variables=variables), r"would change by up to 0\.[1-3]")
@@ -344,3 +344,13 @@ def test_the_packaged_photographs_serve_by_default():
     pytest.importorskip("skimage")
     images = gates.load_images(None, 48, 64)
     assert images.shape == (4, 48, 64, 3) and images.dtype == np.uint8 and images.std() > 20
+
+
+def test_periods_that_transformers_cannot_hold_are_let_go_only_on_request(vit, tmp_path, photographs):
+    with pytest.raises(ValueError, match="--recompute_periods"):
+        to_torch.convert(vit, tmp_path / "hf", photographs, layout="transformers")
+    assert not (tmp_path / "hf").exists()
+    metadata = to_torch.convert(vit, tmp_path / "hf", photographs, layout="transformers", recompute_periods=True)
+    assert 0 < metadata["recomputed_periods"]["patches"]["max_abs"] < 1
+    loaded = weights.load(tmp_path / "hf")
+    np.testing.assert_allclose(loaded.variables["buffers"]["rope_periods"], rope.rope_periods(32), rtol=1e-6)

@@ -223,7 +223,7 @@ def test_load_errors_name_the_cause(path, kwargs, error, message):
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="multiple of 32, got 100"):
+    with pytest.raises(ValueError, match="multiples of 32 pixels, got 100"):
         EfficientNetLite0(100)
     with pytest.raises(ValueError, match="stride16_112"):
         EfficientNetLite0(96, patches="last")

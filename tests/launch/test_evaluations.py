@@ -14,7 +14,7 @@ from PIL import Image
 from configs import common
 from eupe_jax.evals import knn
 from eupe_jax.training import checkpoints
-from eupe_jax.training.loop import train
+from eupe_jax.training.loop import Eval, train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
 from launch.training_evals import training_evals
@@ -67,7 +67,7 @@ KILLED_RUN = """
 import os, signal, sys
 import tests.conftest
 from eupe_jax.evals import knn
-from eupe_jax.training.loop import train
+from eupe_jax.training.loop import Eval, train
 from launch.training_evals import training_evals
 from tests.launch.test_evaluations import evaluated_config
 
@@ -143,7 +143,6 @@ def test_evaluate_refuses(flags, words, tmp_path):
     ("change", "words"),
     [
         ({"eval": "knnn"}, "did you mean knn"),
-        ({"every": 0}, "evals.bad.every"),
         ({"data": "/nowhere"}, "evals.bad: no such folder"),
         ({"settings": {"kk": 3}}, "no setting 'kk'"),
         ({"evry": 3}, "takes the fields"),
@@ -155,3 +154,12 @@ def test_training_refuses_a_wrong_evaluation_before_it_starts(change, words, tmp
     config.evals.bad = ConfigDict(entry)
     with pytest.raises(ValueError, match=words):
         training_evals(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_evaluations_fall_on_steps_that_are_logged(every, tmp_path):
+    """Otherwise they would cut a line of the loss curve in two."""
+    config = tiny_config()
+    config.log_every, config.statistics = 3, str(tmp_path)
+    with pytest.raises(ValueError, match=r"evals.bad.every must be a multiple of log_every \(3\)"):
+        train(config, tmp_path / "run", evals=[Eval("bad", every, lambda step, state: {})])
