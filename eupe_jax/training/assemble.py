@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +116,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
                 "adapters": encoder.manifest["adapters"],
                 "statistics": {k: s.header() for k, s in statistics.items()},
             }
+    check_sides(f"teachers.{name}", spec, entry.resolutions)
     # Another choice of outputs makes other features of the same weights.
     usual = zoo.build(entry.model)
     chosen = {k: v for k, v in entry.overrides.items() if k in OUTPUT_FIELDS and v != getattr(usual, k)}
@@ -127,6 +128,17 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
         )
     loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh))
     loaded.by_name[name] = _teacher(name, entry, _teacher_spec(name, entry, spec, weights), module)
+
+
+def check_sides(field: str, spec: zoo.EncoderSpec, sides: Sequence[int]) -> None:
+    """Raises ValueError, naming the nearest that fit, when the encoder cannot take squares of one of these sides."""
+    patch = spec.patch_size
+    # A native size that does not divide (SigLIP's 384 at patch 14) is cut off as published.
+    if unfit := [side for side in sides if side % patch and side != spec.resolution]:
+        nearest = sorted({max(side // patch + up, 1) * patch for side in unfit for up in (0, 1)})
+        raise ValueError(
+            f"{field} ({spec.name}) takes sides that are multiples of {patch} pixels, not {unfit}; nearest: {nearest}"
+        )
 
 
 def _overrides(name: str, entry: ConfigDict, encoder: checkpoints.LoadedEncoder) -> dict:

@@ -20,7 +20,7 @@ from eupe_jax.distill.step import Loss, Student
 from eupe_jax.distill.step import make_step as make_distillation_step
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding
-from eupe_jax.training.assemble import Teachers
+from eupe_jax.training.assemble import Teachers, check_sides
 
 
 def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -43,16 +43,8 @@ def check_config(config: ConfigDict) -> None:
     for field, sizes in sides.items():
         if not sizes or min(sizes) < 1:
             raise ValueError(f"{field} must list at least one positive size, got {tuple(sizes)}")
-    encoders = {f"students.{k}": (e, config.student_resolutions) for k, e in config.students.items()}
-    encoders |= {f"teachers.{k}": (e, e.resolutions) for k, e in config.teachers.items() if e.kind == "encoder"}
-    for field, (entry, sizes) in encoders.items():
-        patch = zoo.spec(entry.model, **entry.overrides).patch_size
-        if unfit := [side for side in sizes if side % patch]:
-            nearest = sorted({max(side // patch + up, 1) * patch for side in unfit for up in (0, 1)})
-            raise ValueError(
-                f"{field} ({entry.model}) takes sides that are multiples of {patch} pixels, not {unfit}; "
-                f"nearest are {nearest}"
-            )
+    for name, entry in config.students.items():
+        check_sides(f"students.{name}", zoo.spec(entry.model, **entry.overrides), config.student_resolutions)
     if not config.data.sources:
         raise ValueError("data.sources is empty: a run needs images")
 
