@@ -163,7 +163,7 @@ def test_leave_one_out_needs_no_test_split(encoder, tmp_path):
     (tmp_path / "test-000000.tar").unlink()
     result = knn.run(encoder, knn.load(tmp_path, settings), settings)
     assert result.details["test_images"] == 18 and result.metrics["top1"] < 1.0 + 1e-9
-    with pytest.raises(DataError, match="found none"):
+    with pytest.raises(DataError, match="expected a split called"):
         knn.load(tmp_path, SMALL)
 
 

@@ -9,7 +9,7 @@ import eupe_jax
 from eupe_jax.distill.normalization import StatisticsMismatch
 from eupe_jax.models import interchange
 from eupe_jax.sharding import rules
-from eupe_jax.training import checkpoints
+from eupe_jax.training import checkpoints, pipeline
 from eupe_jax.training.loop import Eval, train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
@@ -206,3 +206,10 @@ def test_bad_fields_are_named(tiny_statistics, tmp_path, field, value, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(config, tmp_path)
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_sizes_that_do_not_fit_the_patch_are_refused_before_anything_is_loaded():
+    config = tiny_config()
+    config.student_resolutions = (32, 40)
+    with pytest.raises(ValueError, match=r"students.vit .* multiples of 16 pixels, not \[40\]; nearest: \[32, 48\]"):
+        pipeline.check_config(config)
