@@ -144,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     module, side = zoo.build(args.model), zoo.spec(args.model).resolution
     variables = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, side, side, 3), np.float32))
     largest = max(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+    if args.workdir:
+        args.workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.workdir, prefix="convert_checkpoint_") as folder:
         free, needed = shutil.disk_usage(folder).free, 2.1 * size
         if free < needed:
