@@ -104,7 +104,7 @@ def convert(
         described = weight_files.read_description(weights) or {}
         if described and described["model"] != model:
             raise ValueError(f"{checkpoint} holds {described['model']!r}, not {model!r}")
-        overrides = {**_hashable(described.get("overrides", {})), **overrides}
+        overrides = {**checkpoints.hashable(described.get("overrides", {})), **overrides}
         spec = zoo.spec(model, **overrides)
         plan = _plan(spec, overrides, weights, DTYPES[dtype], adapters, text_overrides or {})
         _require_disk(out, plan.nbytes)
@@ -265,11 +265,6 @@ def _require_disk(out: Path, nbytes: int) -> None:
         raise OSError(f"--out {out} needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free")
 
 
-def _hashable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; modules must be hashable."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
 def _override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -310,8 +305,8 @@ def main(argv: list[str] | None = None) -> int:
             args.out,
             dtype=args.dtype,
             adapters=args.adapters,
-            overrides=_hashable(dict(args.override)),
-            text_overrides=_hashable(dict(args.text_override)),
+            overrides=checkpoints.hashable(dict(args.override)),
+            text_overrides=checkpoints.hashable(dict(args.text_override)),
         )
     except (ValueError, TypeError, OSError, ArithmeticError, LookupError) as error:  # overrides may be anything
         print(f"error: {cli.one_line(error)}", file=sys.stderr)

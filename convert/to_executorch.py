@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         encoder = weights.load(args.checkpoint, args.student, args.model)
         report = convert(encoder, args.out, args.resolution, args.backend, args.images, args.threads, args.runs)
     except (ValueError, OSError) as e:
-        print(f"error: {weights.one_line(e)}", file=sys.stderr)
+        print(f"error: {cli.one_line(e)}", file=sys.stderr)
         return 1
     print(summarise(report))
     out = Path(args.out)

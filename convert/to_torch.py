@@ -24,6 +24,7 @@ from torch import nn
 
 from convert import cli, gates, transformers_layout, weights
 from eupe_jax.models import interchange, rope
+from eupe_jax.training import weight_files
 from eupe_jax.training.checkpoints import LoadedEncoder
 
 
@@ -97,7 +98,7 @@ def convert(
     else:
         buffer = io.BytesIO()
         torch.save({name: torch.from_numpy(value.copy()) for name, value in state_dict.items()}, buffer)
-        weights.write_files({weights.sidecar(out): header.encode(), out: buffer.getvalue()})
+        weights.write_files({weight_files.sidecar(out): header.encode(), out: buffer.getvalue()})
     return metadata
 
 
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         encoder = weights.load(args.checkpoint, args.student, args.model)
         metadata = convert(encoder, args.out, args.images, args.layout, args.recompute_periods)
     except (ValueError, OSError) as e:
-        print(f"error: {weights.one_line(e)}", file=sys.stderr)
+        print(f"error: {cli.one_line(e)}", file=sys.stderr)
         return 1
     for name, figures in metadata.get("recomputed_periods", {}).items():
         print(f"recomputed RoPE periods move {name} by at most {figures['max_abs']:.2e} standard deviations")

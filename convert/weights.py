@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from convert.cli import one_line as one_line
 from convert.torch_convnext import ConvNeXt
 from convert.torch_vit import VisionTransformer
 from convert.transformers_layout import check_config
 from eupe_jax.models import interchange, zoo
 from eupe_jax.training import weight_files
-from eupe_jax.training.checkpoints import TOKEN_LAYOUT, LoadedEncoder, load_encoder
+from eupe_jax.training.checkpoints import TOKEN_LAYOUT, LoadedEncoder, hashable, load_encoder
 from eupe_jax.training.weight_files import FORMAT, digest
-from eupe_jax.training.weight_files import sidecar as sidecar
 
 
 def load(path: str | Path, student: str | None = None, model: str | None = None) -> LoadedEncoder:
@@ -53,7 +51,7 @@ def load(path: str | Path, student: str | None = None, model: str | None = None)
             described |= {"mean": list(spec.mean), "std": list(spec.std)}
         elif model not in (None, described["model"]):
             raise ValueError(f"{path} holds {described['model']!r}, not {model!r}")
-        overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in described["overrides"].items()}
+        overrides = hashable(described["overrides"])
         try:
             variables = interchange.from_state_dict(described["model"], tensors, **overrides)
             module = zoo.build(described["model"], **overrides)

@@ -137,7 +137,7 @@ def fit(
     mean, scale = mean.astype(np.float32), np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
     x = (features_NxD - mean) / scale
     kept = _Kept(workdir, features_NxD, labels_N, settings)
-    solve = _Solver(x, labels_N, classes, settings)
+    solve = _Solver(x, labels_N, settings)
     start = {"kernel": np.zeros((x.shape[1], classes), np.float32), "bias": np.zeros(classes, np.float32)}
     penalties, sweep, fitted = sorted(settings.penalties, reverse=True), [], []
     if len(penalties) > 1:
@@ -172,7 +172,7 @@ def _held_out(labels_N: np.ndarray, settings: Settings) -> np.ndarray:
 class _Solver:
     """Fits on any subset of the rows; all fits share one compiled program, and rows are cut over all devices."""
 
-    def __init__(self, x_NxD: np.ndarray, labels_N: np.ndarray, classes: int, settings: Settings):
+    def __init__(self, x_NxD: np.ndarray, labels_N: np.ndarray, settings: Settings):
         self._settings, self._mesh = settings, make_mesh(devices=jax.local_devices())
         self._count, devices = len(x_NxD), self._mesh.size
         self._rows = -(-min(settings.block, len(x_NxD)) // devices) * devices

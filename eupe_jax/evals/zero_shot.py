@@ -199,7 +199,7 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
     Raises:
       ValueError: no text tower, no class token, no way from the encoder into the tower's space, or several.
     """
-    expert = find_expert(encoder, data, settings)
+    expert = find_expert(encoder, data)
     to_embedding, route = embedder(encoder, expert, settings)
     side = max(round(settings.side / encoder.patch_size), 1) * encoder.patch_size
     texts = class_embeddings(expert, data.names, data.templates, settings.text_batch, workdir)
@@ -222,7 +222,7 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
     return Result(classification.accuracies(ranked, labels), {"by_class": table}, pictures, details)
 
 
-def find_expert(encoder: Encoder, data: Data, settings: Settings) -> Expert:
+def find_expert(encoder: Encoder, data: Data) -> Expert:
     """The image-text model: of the settings, of the teachers given, or the encoder's own checkpoint."""
     if data.expert is not None:
         return data.expert

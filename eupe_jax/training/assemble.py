@@ -61,7 +61,7 @@ def describe_teachers(config: ConfigDict) -> dict[str, Teacher]:
             raise ValueError(f"teachers.{name} is a host teacher: its widths are known only once it is loaded")
         spec = zoo.spec(entry.model, **entry.overrides)
         module = zoo.build(entry.model, dtype=jnp.dtype(entry.dtype), **entry.overrides)
-        teachers[name] = _teacher(name, entry, _teacher_spec(name, entry, spec, "not loaded"), module)
+        teachers[name] = _teacher(entry, _teacher_spec(name, entry, spec, "not loaded"), module)
     return teachers
 
 
@@ -79,7 +79,7 @@ def load_teachers(config: ConfigDict, mesh: Mesh) -> Teachers:
             host = load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])
             spec = dataclasses.replace(host.spec, name=name, fingerprint=_with_token(host.spec.fingerprint, entry))
             loaded.hosts[name] = host
-            loaded.by_name[name] = _teacher(name, entry, spec, None)
+            loaded.by_name[name] = _teacher(entry, spec, None)
         else:
             raise ValueError(f"teachers.{name}.kind is {entry.kind!r}: use 'encoder' or 'host'")
     if not loaded.by_name:
@@ -127,7 +127,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
             lambda path, x: x.astype(dtype) if getattr(path[-1], "key", "") == "kernel" else x, variables
         )
     loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh))
-    loaded.by_name[name] = _teacher(name, entry, _teacher_spec(name, entry, spec, weights), module)
+    loaded.by_name[name] = _teacher(entry, _teacher_spec(name, entry, spec, weights), module)
 
 
 def check_sides(field: str, spec: zoo.EncoderSpec, sides: Sequence[int]) -> None:
@@ -147,7 +147,7 @@ def _overrides(name: str, entry: ConfigDict, encoder: checkpoints.LoadedEncoder)
     Raises:
       ValueError: the config changes more than the outputs, which the checkpoint's weights would not fit.
     """
-    wanted = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.overrides.to_dict().items()}
+    wanted = checkpoints.hashable(entry.overrides.to_dict())
     for field, value in wanted.items():
         held = getattr(encoder.module, field)
         if field not in FREE_OVERRIDES and value != held:
@@ -168,7 +168,7 @@ def _teacher_spec(name: str, entry: ConfigDict, spec: zoo.EncoderSpec, weights: 
     )
 
 
-def _teacher(name: str, entry: ConfigDict, spec: TeacherSpec, module: Any) -> Teacher:
+def _teacher(entry: ConfigDict, spec: TeacherSpec, module: Any) -> Teacher:
     return Teacher(spec, entry.class_token, module, entry.class_weight, entry.patch_weight)
 
 

@@ -252,6 +252,11 @@ class LoadedEncoder:
 _apply = jax.jit(lambda module, variables, x: module.apply(variables, x), static_argnums=0)
 
 
+def hashable(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments as read from JSON, which has no tuples: modules must be hashable."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+
+
 def pick_student(manifest: Mapping, student: str | None, path: epath.PathLike) -> str:
     """The student to load: the only one, or the one named."""
     names = sorted(manifest["students"])
@@ -279,8 +284,7 @@ def load_encoder(
     manifest = read_manifest(step)
     name = pick_student(manifest, student, path)
     entry = manifest["students"][name]
-    # JSON has no tuples; modules must be hashable
-    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["overrides"].items()}
+    overrides = hashable(entry["overrides"])
     module = zoo.build(entry["model"], dtype=dtype, **overrides)
     side = int(entry["resolution"])
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))

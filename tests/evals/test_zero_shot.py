@@ -178,15 +178,15 @@ def test_the_tower_of_another_expert_is_reported(world, tmp_path, caplog):
 def test_where_the_text_tower_comes_from(world, tmp_path):
     student, bare = distil(world, tmp_path), dataclasses.replace(world.data, expert=None)
     same = lambda expert: expert.fingerprint == world.data.expert.fingerprint  # noqa: E731
-    assert same(zero_shot.find_expert(student, world.data, SETTINGS))
-    assert same(zero_shot.find_expert(student, dataclasses.replace(bare, teachers={"x": world.expert}), SETTINGS))
-    assert same(zero_shot.find_expert(world.expert, bare, SETTINGS))
+    assert same(zero_shot.find_expert(student, world.data))
+    assert same(zero_shot.find_expert(student, dataclasses.replace(bare, teachers={"x": world.expert})))
+    assert same(zero_shot.find_expert(world.expert, bare))
     with pytest.raises(ValueError, match="needs a text tower: set text_tower"):
-        zero_shot.find_expert(student, bare, SETTINGS)
+        zero_shot.find_expert(student, bare)
     with pytest.raises(ValueError, match=r"one teacher, got \['a', 'b'\]"):
-        zero_shot.find_expert(student, dataclasses.replace(bare, teachers={"b": world.expert, "a": student}), SETTINGS)
+        zero_shot.find_expert(student, dataclasses.replace(bare, teachers={"b": world.expert, "a": student}))
     with pytest.raises(ValueError, match="holds no text tower"):
-        zero_shot.find_expert(student, dataclasses.replace(bare, teachers={"x": student}), SETTINGS)
+        zero_shot.find_expert(student, dataclasses.replace(bare, teachers={"x": student}))
 
 
 def test_encoders_without_a_way_are_refused(world, tmp_path):
