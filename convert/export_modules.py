@@ -8,11 +8,16 @@ Built from the readable modules, never trained or saved. What differs, and why:
   * 1 / sqrt(head width), LayerScale and the key-bias mask are folded into weights; rotary tables are constants.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import torch_convnext, torch_vit
+
+TOKENS = ("cls", "storage", "patches")
+Pixels = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel, for pixels in [0, 1]
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -25,6 +30,23 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def _after_norm(norm: nn.Module, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer that does the affine part of the norm before it too."""
     return weight * norm.weight, bias + weight @ norm.bias
+
+
+def _conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A copy of the (unpadded) convolution with other weights."""
+    copy = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+    copy.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    copy.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return copy
+
+
+def _first_conv(conv: nn.Conv2d, pixels: Pixels | None) -> nn.Conv2d:
+    """The convolution that reads the image: normalised, or as 0..255 with the normalisation in its weights."""
+    if pixels is None:
+        return _conv(conv, conv.weight, conv.bias)
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in pixels)
+    weight = conv.weight.double() / std
+    return _conv(conv, (weight / 255).float(), (conv.bias - (weight * mean).sum((1, 2, 3))).float())
 
 
 def standardise(x_1xTxD: Tensor, eps: float) -> Tensor:
@@ -67,16 +89,23 @@ class VitBlock(nn.Module):
 
 
 class ExportVit(nn.Module):
-    """forward(image [1, 3, H, W]) -> cls [1, D], storage [1, R, D] (left out where R = 0), patches [1, h, w, D]."""
+    """forward(image [1, 3, H, W]) -> those of cls [1, D], storage [1, R, D], patches [1, h, w, D] in `outputs`."""
 
     @torch.no_grad()
-    def __init__(self, vit: torch_vit.VisionTransformer, height: int, width: int):
+    def __init__(
+        self,
+        vit: torch_vit.VisionTransformer,
+        height: int,
+        width: int,
+        outputs: tuple[str, ...],
+        pixels: Pixels | None,
+    ):
         super().__init__()
+        self.outputs, self.uint8_input = outputs, pixels is not None
         self.h, self.w, self.eps = height // vit.patch_size, width // vit.patch_size, vit.norm.eps
-        self.patch_embed = vit.patch_embed.proj
+        self.patch_embed = _first_conv(vit.patch_embed.proj, pixels)
         prefix = torch.cat([vit.cls_token, vit.storage_tokens], dim=1)
         self.register_buffer("prefix", prefix.clone())
-        self.outputs = ("cls", "storage", "patches") if prefix.shape[1] > 1 else ("cls", "patches")
         sin, cos = vit.rope_embed(self.h, self.w)
         sin[:, : sin.shape[1] // 2] *= -1  # the sign of the rotation's second half, so that halves are only swapped
         still = torch.zeros(prefix.shape[1], sin.shape[1])
@@ -87,14 +116,18 @@ class ExportVit(nn.Module):
         self.register_buffer("norm_bias", vit.norm.bias.detach().clone())
 
     def forward(self, image_1x3xHxW: Tensor) -> tuple[Tensor, ...]:
-        x = self.patch_embed(image_1x3xHxW).flatten(2).transpose(1, 2)
+        x = self.patch_embed(image_1x3xHxW.float() if self.uint8_input else image_1x3xHxW).flatten(2).transpose(1, 2)
         x = torch.cat([self.prefix, x], dim=1)
         for block in self.blocks:
             x = block(x, self.sin, self.cos)
         x = standardise(x, self.eps) * self.norm_weight + self.norm_bias
         prefix = self.prefix.shape[1]
-        storage = (x[:, 1:prefix],) if prefix > 1 else ()
-        return x[:, :1].flatten(1), *storage, x[:, prefix:].reshape(1, self.h, self.w, -1)
+        pick = {
+            "cls": lambda: x[:, :1].flatten(1),
+            "storage": lambda: x[:, 1:prefix],
+            "patches": lambda: x[:, prefix:].reshape(1, self.h, self.w, -1),
+        }
+        return tuple(pick[name]() for name in self.outputs)
 
 
 def _standardise_map(x_1xCxHxW: Tensor) -> Tensor:
@@ -126,24 +159,30 @@ class Shrink(nn.Module):
     @torch.no_grad()
     def __init__(self, norm: torch_convnext.ChannelNorm, conv: nn.Conv2d):
         super().__init__()
-        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-        self.conv.weight.copy_(conv.weight * norm.weight[:, None, None])
-        self.conv.bias.copy_(conv.bias + torch.einsum("oikl,i->o", conv.weight, norm.bias))
+        bias = conv.bias + torch.einsum("oikl,i->o", conv.weight, norm.bias)
+        self.conv = _conv(conv, conv.weight * norm.weight[:, None, None], bias)
 
     def forward(self, x_1xCxHxW: Tensor) -> Tensor:
         return self.conv(_to_map(_standardise_map(x_1xCxHxW), x_1xCxHxW))
 
 
 class ExportConvNeXt(nn.Module):
-    """forward(image [1, 3, H, W]) -> cls [1, C], patches [1, H/32, W/32, C]."""
-
-    outputs = ("cls", "patches")
+    """forward(image [1, 3, H, W]) -> those of cls [1, C], patches [1, H/32, W/32, C] in `outputs`."""
 
     @torch.no_grad()
-    def __init__(self, convnext: torch_convnext.ConvNeXt, height: int, width: int):
+    def __init__(
+        self,
+        convnext: torch_convnext.ConvNeXt,
+        height: int,
+        width: int,
+        outputs: tuple[str, ...],
+        pixels: Pixels | None,
+    ):
         super().__init__()
+        self.outputs, self.uint8_input = outputs, pixels is not None
         self.h, self.w = height // convnext.patch_size, width // convnext.patch_size
-        self.stem, stem_norm = convnext.downsample_layers[0]
+        stem, stem_norm = convnext.downsample_layers[0]
+        self.stem = _first_conv(stem, pixels)
         self.register_buffer("stem_weight", stem_norm.weight.detach().clone())
         self.register_buffer("stem_bias", stem_norm.bias.detach().clone())
         self.shrink = nn.ModuleList(Shrink(norm, conv) for norm, conv in list(convnext.downsample_layers)[1:])
@@ -153,28 +192,58 @@ class ExportConvNeXt(nn.Module):
         self.register_buffer("norm_weight", convnext.norm.weight.detach().clone())
         self.register_buffer("norm_bias", convnext.norm.bias.detach().clone())
 
-    def forward(self, image_1x3xHxW: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.stem(image_1x3xHxW)
+    def forward(self, image_1x3xHxW: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(image_1x3xHxW.float() if self.uint8_input else image_1x3xHxW)
         x = _to_map(_standardise_map(x) * self.stem_weight + self.stem_bias, x)
         x = self.stages[0](x)
         for shrink, stage in zip(self.shrink, list(self.stages)[1:], strict=True):
             x = stage(shrink(x))
-        pooled = x.mean(dim=(2, 3), keepdim=True).flatten(2).transpose(1, 2)
-        tokens = torch.cat([pooled, x.flatten(2).transpose(1, 2)], dim=1)
-        tokens = standardise(tokens, torch_convnext.NORM_EPS) * self.norm_weight + self.norm_bias
-        return tokens[:, :1].flatten(1), tokens[:, 1:].reshape(1, self.h, self.w, -1)
+        found = {}
+        if "cls" in self.outputs:
+            found["cls"] = x.mean(dim=(2, 3), keepdim=True).flatten(2).transpose(1, 2)
+        if "patches" in self.outputs:
+            found["patches"] = x.flatten(2).transpose(1, 2)
+        tokens = standardise(torch.cat([*found.values()], dim=1), torch_convnext.NORM_EPS)
+        tokens = tokens * self.norm_weight + self.norm_bias
+        pick = {
+            "cls": lambda: tokens[:, :1].flatten(1),
+            "patches": lambda: tokens[:, -self.h * self.w :].reshape(1, self.h, self.w, -1),
+        }
+        return tuple(pick[name]() for name in self.outputs)
 
 
 def for_export(
-    module: torch_vit.VisionTransformer | torch_convnext.ConvNeXt, height: int, width: int
+    module: torch_vit.VisionTransformer | torch_convnext.ConvNeXt,
+    height: int,
+    width: int,
+    *,
+    outputs: Sequence[str] | None = None,
+    uint8_input: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> ExportVit | ExportConvNeXt:
     """The rewritten network for one image of [1, 3, height, width]; `outputs` names what its forward returns.
 
+    Args:
+      outputs: which of "cls", "storage", "patches" to return; always in that order. Default: all that the model has.
+      uint8_input: forward takes uint8 RGB of 0..255; the normalisation by mean and std is in the first convolution.
+      mean, std: of each channel, for pixels in [0, 1]; needed with `uint8_input`.
+
     Raises:
-      ValueError: a side is not a positive multiple of the patch size (a phone would silently see a cropped image).
+      ValueError: a side is not a positive multiple of the patch size (a phone would silently see a cropped image), an
+        output that the model does not have, or `uint8_input` without mean and std.
     """
     for name, side in (("height", height), ("width", width)):
         if side <= 0 or side % module.patch_size:
             raise ValueError(f"{name} {side} is not a positive multiple of the patch size, {module.patch_size}")
-    kind = ExportVit if isinstance(module, torch_vit.VisionTransformer) else ExportConvNeXt
-    return kind(module, height, width).eval().requires_grad_(False)
+    is_vit = isinstance(module, torch_vit.VisionTransformer)
+    available = TOKENS if is_vit and module.storage_tokens.shape[1] else ("cls", "patches")
+    chosen = available if outputs is None else tuple(outputs)
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(available):
+        raise ValueError(f"outputs {', '.join(chosen) or 'none'}: name some of {', '.join(available)}, each once")
+    chosen = tuple(name for name in TOKENS if name in chosen)
+    if uint8_input and (mean is None or std is None):
+        raise ValueError("uint8_input needs the mean and std of the pixels")
+    kind = ExportVit if is_vit else ExportConvNeXt
+    network = kind(module, height, width, chosen, (mean, std) if uint8_input else None)
+    return network.eval().requires_grad_(False)

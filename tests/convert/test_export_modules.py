@@ -43,3 +43,48 @@ def test_the_readable_module_is_left_as_it_was(encoder):
 def test_sides_that_are_no_multiple_of_the_patch_are_refused(encoder, size):
     with pytest.raises(ValueError, match="multiple of the patch size"):
         for_export(weights.to_module(encoder), *size)
+
+
+@pytest.mark.parametrize("outputs", [("cls",), ("patches",), ("patches", "cls")])
+def test_returns_only_what_is_asked_for(encoder, outputs):
+    module = weights.to_module(encoder)
+    network = for_export(module, 64, 96, outputs=outputs)
+    assert network.outputs == tuple(name for name in ("cls", "patches") if name in outputs)
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, got = module(image), dict(zip(network.outputs, network(image), strict=True))
+    for name, value in got.items():
+        np.testing.assert_allclose(value, expected[name], atol=2e-5, rtol=0)
+
+
+def test_storage_tokens_alone(vit):
+    assert for_export(weights.to_module(vit), 32, 32, outputs=["storage"]).outputs == ("storage",)
+
+
+@pytest.mark.parametrize("outputs", [(), ("cls", "cls"), ("tokens",)])
+def test_outputs_the_model_does_not_have_are_refused(encoder, outputs):
+    with pytest.raises(ValueError, match="name some of cls, .*patches"):
+        for_export(weights.to_module(encoder), 64, 64, outputs=outputs)
+
+
+def test_convnext_has_no_storage_tokens_to_ask_for(convnext):
+    with pytest.raises(ValueError, match="storage: name some of cls, patches"):
+        for_export(weights.to_module(convnext), 64, 64, outputs=("storage",))
+
+
+def test_bytes_of_an_image_as_input(encoder):
+    """Pixels as they are, with the normalisation in the first convolution, give what normalised pixels give."""
+    module = weights.to_module(encoder)
+    mean, std = (0.4, 0.5, 0.45), (0.2, 0.25, 0.3)
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 64, 64), np.uint8))
+    pixels = (image / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.inference_mode():
+        got = for_export(module, 64, 64, uint8_input=True, mean=mean, std=std)(image)
+        expected = for_export(module, 64, 64)(pixels)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5, rtol=0)
+
+
+def test_bytes_as_input_need_a_mean_and_a_std(encoder):
+    with pytest.raises(ValueError, match="mean and std"):
+        for_export(weights.to_module(encoder), 64, 64, uint8_input=True, mean=(0.5,) * 3)
