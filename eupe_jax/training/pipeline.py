@@ -66,13 +66,8 @@ def make_source(name: str, entry: ConfigDict) -> source_kinds.Source:
     if entry.kind == "photos":
         return source_kinds.PackagedPhotos(**options)
     if entry.kind == "synthetic":
-        return source_kinds.ArraySource(_synthetic(**options))
+        return source_kinds.synthetic(**options)
     raise ValueError(f"data.sources.{name}.kind is {entry.kind!r}: use 'images', 'tfds', 'photos' or 'synthetic'")
-
-
-def _synthetic(size: int, count: int = 64) -> np.ndarray:
-    coarse = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-    return coarse.repeat(-(-size // 8), 1).repeat(-(-size // 8), 2)[:, :size, :size]
 
 
 def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -> Loader:

@@ -1,0 +1,23 @@
+"""Where records come from: random access to encoded images, with NumPy and Pillow alone.
+
+A source answers `len(source)` and `source[i] -> Record`, can be pickled (worker processes), and has a `digest`, a
+string that changes when its records do (it goes into fingerprints of what is made from them). Decoding is not its
+business (`eupe_jax.data.host`).
+"""
+
+from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, RecordError, Source
+from eupe_jax.data.sources.folder import ImageFolder
+from eupe_jax.data.sources.memory import ArraySource, PackagedPhotos, synthetic
+from eupe_jax.data.sources.tfds import Tfds
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ArraySource",
+    "ImageFolder",
+    "PackagedPhotos",
+    "Record",
+    "RecordError",
+    "Source",
+    "Tfds",
+    "synthetic",
+]

@@ -1,0 +1,56 @@
+"""What every source of records has in common."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+class Record(NamedTuple):
+    """data: encoded image bytes, or a uint8 array [H, W, 3] or [H, W]. name: how errors and logs call it."""
+
+    data: bytes | np.ndarray
+    name: str
+
+
+class Source(Protocol):
+    """Random-access records; `digest` identifies them."""
+
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class RecordError(OSError):
+    """One record that cannot be read (damaged, empty, gone); the others may be fine. `name`: the record's."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(errno.EIO, reason, name)
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):
+        return type(self), (self.name, self.reason)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def digest_of(parts: Iterable[object]) -> str:
+    """sha256 over the `repr` of plain values."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(repr(part).encode())
+    return h.hexdigest()
+
+
+def is_image(name: str) -> bool:
+    """Whether a path ends like an image; hidden files do not count."""
+    base = os.path.basename(name)
+    return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
