@@ -50,24 +50,9 @@ def check_config(config: ConfigDict) -> None:
 
 
 def make_source(name: str, entry: ConfigDict) -> source_kinds.Source:
-    """The image source that one entry of `config.data.sources` describes.
-
-    kind "images": a folder (also of tar files). "tfds": "NAME:SPLIT", options as `sources.Tfds`. "photos": the
-    photographs packaged with scikit-image and scikit-learn. "synthetic": smooth random pictures for smoke tests.
-    """
+    """The image source that one entry of `config.data.sources` describes; see `sources.open_source`."""
     options = entry.options.to_dict()
-    if entry.kind in ("images", "tfds") and not entry.path:
-        raise ValueError(f"data.sources.{name}.path is empty: give --config.data.sources.{name}.path=...")
-    if entry.kind == "images":
-        return source_kinds.ImageFolder(entry.path, **options)
-    if entry.kind == "tfds":
-        dataset, _, split = entry.path.partition(":")
-        return source_kinds.Tfds(dataset, split or "train", **options)
-    if entry.kind == "photos":
-        return source_kinds.PackagedPhotos(**options)
-    if entry.kind == "synthetic":
-        return source_kinds.synthetic(**options)
-    raise ValueError(f"data.sources.{name}.kind is {entry.kind!r}: use 'images', 'tfds', 'photos' or 'synthetic'")
+    return source_kinds.open_source(entry.kind, entry.path, field=f"data.sources.{name}", **options)
 
 
 def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -> Loader:

@@ -8,10 +8,12 @@ business (`eupe_jax.data.host`).
 from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, RecordError, Source
 from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import ArraySource, PackagedPhotos, synthetic
+from eupe_jax.data.sources.registry import KINDS, open_source, source_options
 from eupe_jax.data.sources.tfds import Tfds
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "KINDS",
     "ArraySource",
     "ImageFolder",
     "PackagedPhotos",
@@ -19,5 +21,7 @@ __all__ = [
     "RecordError",
     "Source",
     "Tfds",
+    "open_source",
+    "source_options",
     "synthetic",
 ]
