@@ -1,0 +1,175 @@
+"""int8 linear layers for a phone: which of them to quantise, how, and what it does to the features.
+
+Weights are int8 with one scale a channel, symmetric, made here. Activations are int8 with a scale and zero point a
+token, computed while the network runs ("dynamic"), so that no calibration images are needed and no range can be missed.
+Everything between the linear layers stays float. In PyTorch the quantised network computes with the very roundings that
+XNNPACK makes, so that accuracy can be judged, and layers chosen, before anything is exported.
+"""
+
+import copy
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+for _name in ("torchao", "torch.utils._pytree"):  # notices of kernels that no export needs
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_  # noqa: E402
+from torchao.quantization.granularity import PerAxis  # noqa: E402
+
+TARGETS = {"cls": 0.999, "patches": 0.995}  # mean cosine between float and int8 features of real images
+Features = Mapping[str, np.ndarray]
+
+
+def linear_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that can be int8, in the order in which they run."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def quantize(network: nn.Module, keep_float: Collection[str] = ()) -> nn.Module:
+    """A copy of an export network (`for_export`) whose linear layers are int8, but for those named in `keep_float`.
+
+    The copy runs in PyTorch and goes through `torch.export.export` and XNNPACK's partitioner like the float one.
+
+    Raises:
+      ValueError: `keep_float` names something that is no linear layer of this network.
+    """
+    layers = linear_layers(network)
+    if unknown := sorted(set(keep_float) - set(layers)):
+        raise ValueError(f"keep_float names no linear layer: {', '.join(unknown)}; layers are {', '.join(layers)}")
+    chosen = set(layers) - set(keep_float)
+    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
+    quantised = copy.deepcopy(network)
+    quantize_(quantised, config, filter_fn=lambda _, name: name in chosen)
+    return quantised
+
+
+@torch.no_grad()
+def features(network: nn.Module, images_Nx3xHxW: Tensor) -> dict[str, np.ndarray]:
+    """Outputs of an export network for each image, one at a time as on the phone, by name."""
+    outputs = [network(image[None]) for image in images_Nx3xHxW]
+    return {
+        name: torch.cat(parts).numpy() for name, parts in zip(network.outputs, zip(*outputs, strict=True), strict=True)
+    }
+
+
+def _cosines(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def _mean_cosines(reference: Features, candidate: Features) -> dict[str, float]:
+    return {name: float(_cosines(reference[name], candidate[name]).mean()) for name in TARGETS if name in reference}
+
+
+def _falls_short(cosines: Mapping[str, float], targets: Mapping[str, float]) -> bool:
+    return any(not cosines[name] >= target for name, target in targets.items() if name in cosines)
+
+
+def choose_float_layers(
+    network: nn.Module, images_Nx3xHxW: Tensor, targets: Mapping[str, float] = TARGETS, progress: bool = True
+) -> dict[str, Any]:
+    """The fewest linear layers to keep float so that features of real images stay close to the float network's.
+
+    If int8 everywhere misses a target, every layer is measured quantised alone; layers then turn float in the order of
+    the harm they do, and the shortest such list that meets the targets is found by bisection.
+
+    Args:
+      network: from `for_export`, float; its outputs must hold the class token or the patches.
+      images_Nx3xHxW: what the network takes (normalised pixels, or bytes); 4 to 16 photographs are enough.
+      targets: least mean cosine of each output; those that the network does not return are passed over.
+
+    Returns:
+      "float_layers": names for `quantize`, most harmful first (all layers if nothing less meets the targets);
+      "cosine": of the chosen mixture, by output; "cosine_all_int8": with no float layer; "sensitivity": 1 - cosine of
+      every layer quantised alone, by layer and output, most harmful first; empty where no sweep was needed.
+
+    Raises:
+      ValueError: the network returns none of the targets' outputs.
+    """
+    if not set(targets) & set(network.outputs):
+        raise ValueError(f"none of {', '.join(targets)} is among the network's outputs, {', '.join(network.outputs)}")
+    layers, mixture = linear_layers(network), quantize(network)
+    as_float = {name: network.get_submodule(name) for name in layers}
+    as_int8 = {name: mixture.get_submodule(name) for name in layers}
+    reference = features(network, images_Nx3xHxW)
+
+    def cosines(int8: Collection[str]) -> dict[str, float]:
+        for name in layers:
+            mixture.set_submodule(name, as_int8[name] if name in int8 else as_float[name])
+        return _mean_cosines(reference, features(mixture, images_Nx3xHxW))
+
+    everything = found = cosines(layers)
+    sensitivity: dict[str, dict[str, float]] = {}
+    count = 0
+    if _falls_short(everything, targets):
+        for name in tqdm(layers, desc="int8 sensitivity", unit="layer", disable=not progress):
+            sensitivity[name] = {output: 1 - cosine for output, cosine in cosines([name]).items()}
+        harm = {n: max(e / (1 - targets[o]) for o, e in errors.items()) for n, errors in sensitivity.items()}
+        sensitivity = {name: sensitivity[name] for name in sorted(layers, key=harm.__getitem__, reverse=True)}
+        order = list(sensitivity)
+        below, count = 0, len(order)  # `below` float layers are too few; `count` are enough
+        found = cosines([])
+        while count - below > 1:
+            middle = (below + count) // 2
+            tried = cosines(order[middle:])
+            if _falls_short(tried, targets):
+                below = middle
+            else:
+                count, found = middle, tried
+    return {
+        "float_layers": list(sensitivity)[:count],
+        "cosine": found,
+        "cosine_all_int8": everything,
+        "sensitivity": sensitivity,
+    }
+
+
+def _neighbours(features_NxD: np.ndarray, k: int) -> np.ndarray:
+    """Indices [N, k] of every image's nearest others by cosine, nearest first."""
+    unit = features_NxD.astype(np.float64)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=-1, kind="stable")[:, :k]
+
+
+def int8_report(reference: Features, candidate: Features, k: int = 10) -> dict[str, Any]:
+    """How far int8 features of N real images are from the float ones.
+
+    Returns:
+      "cosine": by output, the mean and min over images (and positions) of the cosine between corresponding tokens.
+      "knn": for `images` images by class token (mean patch where there is none): `top1`, the share whose nearest
+        neighbour among the others is the same, and `overlap`, the mean share of their `k` nearest that both find.
+
+    Raises:
+      ValueError: outputs of other names or shapes, or fewer than two images.
+    """
+    shapes = [{name: value.shape for name, value in side.items() if value.size} for side in (reference, candidate)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"float and int8 features differ in names or shapes: {shapes[0]} and {shapes[1]}")
+    cosines = {name: _cosines(reference[name], candidate[name]) for name in shapes[0]}
+    N = len(next(iter(reference.values())))
+    if N < 2:
+        raise ValueError("nearest neighbours need at least two images")
+    k = min(k, N - 1)
+    ours, theirs = (
+        _neighbours(side["cls"] if "cls" in shapes[0] else side["patches"].mean(axis=(1, 2)), k)
+        for side in (reference, candidate)
+    )
+    overlap = [len(set(a) & set(b)) / k for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "cosine": {name: {"mean": float(c.mean()), "min": float(c.min())} for name, c in cosines.items()},
+        "knn": {
+            "images": N,
+            "k": k,
+            "top1": float((ours[:, 0] == theirs[:, 0]).mean()),
+            "overlap": float(np.mean(overlap)),
+        },
+    }
