@@ -65,8 +65,8 @@ def test_folder_errors(tmp_path):
         ImageFolder(tmp_path / "gone")
     with pytest.raises(ValueError, match="no images found.*jpg"):
         ImageFolder(tmp_path)
-    with pytest.raises(ValueError, match="local path"):
-        ImageFolder("gs://bucket/images")
+    with pytest.raises(FileNotFoundError, match="no such image folder: memory://nowhere"):
+        ImageFolder("memory://nowhere")
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match="bad.tar.*uncompressed tar"):
         ImageFolder(tmp_path)

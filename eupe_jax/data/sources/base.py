@@ -2,9 +2,10 @@
 
 import errno
 import hashlib
+import operator
 import os
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, SupportsIndex
 
 import numpy as np
 
@@ -48,6 +49,14 @@ def digest_of(parts: Iterable[object]) -> str:
     for part in parts:
         h.update(repr(part).encode())
     return h.hexdigest()
+
+
+def in_range(index: SupportsIndex, length: int) -> int:
+    """A plain int from 0 on, for an index that may be NumPy's or count from the end. Raises IndexError."""
+    i = operator.index(index)
+    if not -length <= i < length:
+        raise IndexError(f"record {i} of {length}")
+    return i % length
 
 
 def is_image(name: str) -> bool:

@@ -1,76 +1,79 @@
 """Image folders."""
 
 import os
-import tarfile
 
-from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, digest_of, is_image
+import numpy as np
+
+from eupe_jax.data.sources import storage
+from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, digest_of, in_range, is_image
+from eupe_jax.data.sources.index_cache import Tables, make_indices
+from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
 
 
 class ImageFolder:
     """Every image below a folder, sorted by path; images inside uncompressed .tar files count too, without extraction.
 
-    path: a folder (searched recursively, links followed) or one .tar file. Hidden files and other suffixes are passed
-    over. Only names, offsets and sizes are kept in memory. Raises FileNotFoundError when there is no such path, and
-    ValueError when it holds no image. What a file holds is found out when it is read.
+    path: a folder (searched recursively, links followed) or one .tar file, local or in a bucket. Hidden files and other
+      suffixes are passed over. Only names, offsets and sizes are kept in memory.
+    index_dir: a folder to keep what was found inside tar files, so that they are scanned once.
+    Raises FileNotFoundError when there is no such path, and ValueError when it holds no image. What a file holds is
+    found out when it is read.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, index_dir: str | None = None):
         self.path = os.fspath(path)
-        if "://" in self.path:
-            raise ValueError(f"{self.path}: an image folder is a local path; for remote data use a tfds source")
-        if not os.path.exists(self.path):
-            raise FileNotFoundError(f"no such image folder: {self.path}")
-        # (file relative to path, member of the tar or "", offset, size); offset -1: the whole file.
-        self._entries: list[tuple[str, str, int, int]] = []
-        for file in _walk(self.path):
-            relative = os.path.relpath(file, self.path) if os.path.isdir(self.path) else ""
-            if file.lower().endswith(".tar"):
-                self._entries += [(relative, *member) for member in _tar_images(file)]
-            elif is_image(file):
-                self._entries.append((relative, "", -1, os.path.getsize(file)))
-        if not self._entries:
+        files = [f for f in storage.list_files(self.path) if is_image(f.path) or is_tar(f.path)]
+        tars = make_indices([f for f in files if is_tar(f.path)], tar_images, "tar images", index_dir)
+        self._tars, self._reader = Tables(tars), storage.RangeReader()
+        # Loose files by name below `path`; runs of them and tar files lie as they are sorted: (first of the tars, or
+        # -1 - first of the loose files; number of records).
+        self._loose: list[str] = []
+        parts: list[tuple[int, int]] = []
+        facts, shard = [], 0
+        for file in files:
+            relative = self._relative(file.path)
+            if is_tar(file.path):
+                parts.append((shard, tars[shard].rows))
+                facts.append((relative, file.size, tars[shard].digest))
+                shard += 1
+                continue
+            if parts and parts[-1][0] < 0:
+                parts[-1] = (parts[-1][0], parts[-1][1] + 1)
+            else:
+                parts.append((-1 - len(self._loose), 1))
+            self._loose.append(relative)
+            facts.append((relative, file.size))
+        self._firsts = np.array([first for first, _ in parts], np.int64)
+        self._ends = np.cumsum([count for _, count in parts], dtype=np.int64)
+        if not len(self):
             raise ValueError(
                 f"{self.path}: no images found; looked for files (and members of uncompressed .tar files) that end in "
                 + ", ".join(sorted(IMAGE_SUFFIXES))
             )
-        self.digest = digest_of(self._entries)
+        self.digest = digest_of(facts)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def name(self, index: int) -> str:
         """Path of record `index`; a tar member as FILE.tar:MEMBER."""
-        file, member, _, _ = self._entries[index]
-        return os.path.join(self.path, file).rstrip(os.sep) + (f":{member}" if member else "")
+        file, row = self._find(index)
+        return file if row is None else f"{file.path}:{member_name(row)}"
 
     def __getitem__(self, index: int) -> Record:
-        file, _, offset, size = self._entries[index]
-        with open(os.path.join(self.path, file) if file else self.path, "rb") as f:
-            if offset < 0:
-                return Record(f.read(), self.name(index))
-            f.seek(offset)
-            return Record(f.read(size), self.name(index))
+        file, row = self._find(index)
+        if row is None:
+            return Record(storage.read_file(file), file)
+        return Record(self._reader.read(file, int(row["offset"]), int(row["size"])), f"{file.path}:{member_name(row)}")
 
+    def _relative(self, file: str) -> str:
+        return file[len(self.path) :].lstrip("/")
 
-def _walk(path: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
-    files, seen = [], set()
-    for folder, below, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = [b for b in below if not b.startswith(".")]
-        files += [os.path.join(folder, n) for n in names if not n.startswith(".")]
-    return sorted(files)
-
-
-def _tar_images(file: str) -> list[tuple[str, int, int]]:
-    """(member, offset of its bytes, size) of every image in a tar file, in the order in which they lie there."""
-    try:
-        with tarfile.open(file, "r:") as tar:
-            return [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse() and is_image(m.name)]
-    except tarfile.TarError as e:
-        raise ValueError(f"{file}: cannot be read as an uncompressed tar file ({e}); decompress or remove it") from e
+    def _find(self, index: int) -> tuple[str, None] | tuple[storage.File, np.void]:
+        """A loose file's path, or a tar file and the row of its member."""
+        index = in_range(index, len(self))
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        first, within = int(self._firsts[part]), index - (int(self._ends[part - 1]) if part else 0)
+        if first < 0:
+            return os.path.join(self.path, self._loose[within - 1 - first]).rstrip(os.sep), None
+        return self._tars.indices[first].file, self._tars.row(first, within)

@@ -1,0 +1,236 @@
+"""Files of local disks and of buckets behind the same few calls.
+
+A path with "://" is fsspec's: gs:// (through gcsfs), s3:// (s3fs), memory://, ...; anything else is local. Retries and
+credentials are fsspec's own (environment variables FSSPEC_GS_TOKEN, STORAGE_EMULATOR_HOST, ...).
+"""
+
+import glob
+import itertools
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
+
+from eupe_jax.data.sources.base import RecordError
+
+PathLike = str | os.PathLike
+
+
+class File(NamedTuple):
+    """size: in bytes. version: differs when the content does (modification time in ns, or a bucket's etag)."""
+
+    path: str
+    size: int
+    version: str
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether a path belongs to fsspec."""
+    return "://" in os.fspath(path)
+
+
+def list_files(path: str) -> list[File]:
+    """Every file below a folder, sorted by path, or the one file. Raises FileNotFoundError where there is neither."""
+    with explained(path):
+        found = _find_remote(path) if is_remote(path) else _find_local(path) if os.path.exists(path) else []
+    if not found and (is_remote(path) or not os.path.exists(path)):
+        raise FileNotFoundError(f"no such image folder: {path}")
+    return found
+
+
+def find(path: PathLike | Sequence[PathLike], wanted: Callable[[str], bool], what: str) -> list[File]:
+    """The files that a path, or each of several, stands for, in that order and sorted by path within each.
+
+    path: a file, a folder (searched recursively, links followed, hidden files and folders passed over), a glob pattern,
+      or one with braces, "train-{000000..000003}.tar" or "{train,val}.tar", each of whose readings must exist.
+    wanted: which files of a folder count; a file named in full always does.
+    what: what errors call such files, e.g. "tar shards".
+    Raises FileNotFoundError for a path that stands for nothing, ValueError for a folder without a wanted file.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return [file for p in path for file in find(p, wanted, what)]
+    path = os.fspath(path)
+    files = []
+    for one in [path] if not is_remote(path) and os.path.exists(path) else expand_braces(path):
+        with explained(one):
+            found = _find_remote(one) if is_remote(one) else _find_local(one)
+        if not found:
+            raise FileNotFoundError(f"{one}: no such file or folder")
+        named = [f for f in found if f.path == one]
+        files += named or [f for f in found if wanted(f.path)]
+    if not files:
+        raise ValueError(f"{path}: no {what} found")
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every reading of "a-{000..012}.tar" (numbers keep their width) and "{x,y}.tar"; without braces, the pattern."""
+    pieces = []
+    for text, braced in re.findall(r"([^{]*)(?:\{([^{}]*)\})?", pattern):
+        pieces.append([text])
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braced):
+            first, last = numbers.groups()
+            pieces.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
+        elif braced:
+            pieces.append(braced.split(","))
+    return ["".join(choice) for choice in itertools.product(*pieces)]
+
+
+def stat(path: str) -> File:
+    """Size and version of one file. Raises RecordError (of a bucket) or OSError where there is none."""
+    with explained(path):
+        if is_remote(path):
+            return _remote_file(path, _filesystem(path).info(path))
+        return _local_file(path)
+
+
+def _local_file(path: str) -> File:
+    status = os.stat(path)
+    return File(path, status.st_size, str(status.st_mtime_ns))
+
+
+def _find_local(path: str) -> list[File]:
+    if os.path.exists(path):
+        return [_local_file(p) for p in walk(path)]
+    return [_local_file(p) for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
+
+
+def walk(path: str) -> list[str]:
+    """Every file below a folder, sorted; hidden ones are passed over, links followed, but none back up."""
+    if os.path.isfile(path):
+        return [path]
+    files, seen = [], set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = [b for b in below if not b.startswith(".")]
+        files += [os.path.join(folder, n) for n in names if not n.startswith(".")]
+    return sorted(files)
+
+
+def _filesystem(path: str):
+    # Looked up each time (fsspec keeps instances, and makes new ones in a forked process).
+    import fsspec
+
+    return fsspec.core.url_to_fs(path)[0]
+
+
+def _find_remote(path: str) -> list[File]:
+    fs = _filesystem(path)
+    found = fs.glob(path, detail=True) if glob.has_magic(path) else fs.find(path, detail=True)
+    scheme = path.split("://")[0]
+    files = [
+        _remote_file(f"{scheme}://{name.lstrip('/')}", info) for name, info in found.items() if info["type"] == "file"
+    ]
+    return sorted(f for f in files if not re.search(r"/\.", f.path[len(path) :]))
+
+
+def _remote_file(path: str, info: dict) -> File:
+    keys = ("etag", "ETag", "generation", "md5Hash", "crc32c", "updated", "LastModified", "mtime", "created")
+    version = next((str(info[k]) for k in keys if info.get(k)), "")
+    return File(path, int(info["size"]), version)
+
+
+def read_file(path: str) -> bytes:
+    """All of a file."""
+    with explained(path):
+        if is_remote(path):
+            return _filesystem(path).cat_file(path)
+        with open(path, "rb") as f:
+            return f.read()
+
+
+def open_file(file: File) -> BinaryIO:
+    """A seekable binary file; of a bucket, blocks are fetched as they are needed."""
+    if not is_remote(file.path):
+        return open(file.path, "rb")
+    with explained(file.path):
+        return _filesystem(file.path).open(file.path, "rb", block_size=8 << 20, cache_type="readahead")
+
+
+class RangeReader:
+    """Byte ranges of many files, from any thread, with at most `limit` local files held open.
+
+    Pickles as an empty one, so that each process opens files for itself.
+    """
+
+    def __init__(self, limit: int = 64):
+        self._limit = limit
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return RangeReader, (self._limit,)
+
+    def read(self, file: File, offset: int, size: int) -> bytes:
+        """Bytes offset .. offset + size. Raises RecordError when the file is gone, shorter, or not `file` any more."""
+        if is_remote(file.path):
+            with explained(file.path):
+                data = _filesystem(file.path).cat_file(file.path, start=offset, end=offset + size) if size else b""
+        else:
+            data = self._descriptor(file).read(offset, size)
+        if len(data) != size:
+            raise RecordError(file.path, f"ends at byte {offset + len(data)}, within a record up to {offset + size}")
+        return data
+
+    def _descriptor(self, file: File) -> "_Descriptor":
+        with self._lock:
+            descriptor = self._open.get(file.path)
+            if descriptor is None:
+                descriptor = self._open[file.path] = _Descriptor(file)
+                while len(self._open) > self._limit:
+                    self._open.popitem(last=False)  # closed when the last reader lets go of it
+            self._open.move_to_end(file.path)
+            return descriptor
+
+
+class _Descriptor:
+    """An open local file; closes itself."""
+
+    def __init__(self, file: File):
+        self._number = -1
+        with explained(file.path):
+            self._number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self._number)
+        if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
+            raise RecordError(file.path, "changed since the source was opened; start again")
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._number, size, offset)
+        while 0 < len(data) < size and (more := os.pread(self._number, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def __del__(self):
+        if self._number >= 0:
+            os.close(self._number)
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turns what storage libraries raise into a RecordError: the path and one clear reason."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except FileNotFoundError as e:
+        raise RecordError(path, "no such object, folder or bucket" if is_remote(path) else "no such file") from e
+    except PermissionError as e:
+        raise RecordError(path, "access is forbidden; check its permissions") from e
+    except OSError as e:
+        if is_remote(path) and re.search(r"forbidden|\b403\b|anonymous caller|\b401\b", str(e), re.IGNORECASE):
+            raise RecordError(path, f"access is forbidden; check your credentials ({e})") from e
+        raise RecordError(path, f"cannot be read: {e.strerror or e}") from e
+    except (ImportError, ValueError, MemoryError):
+        raise
+    except Exception as e:
+        if not is_remote(path):
+            raise
+        # gcsfs and aiohttp have their own classes for HTTP errors and broken connections.
+        raise RecordError(path, f"cannot be read: {type(e).__name__}: {e}") from e
