@@ -1,36 +1,32 @@
 """What happens to a record on the host: bytes -> RGB -> one square uint8 image at the canonical size.
 
-NumPy and Pillow only, so it runs in threads (Pillow lets go of the interpreter lock) and in worker processes.
+NumPy and light libraries only (`data.decode`, `data.crop`), so it runs in threads, for they let go of the interpreter
+lock, and in worker processes. The same bytes and the same place in the run give the same image on every machine.
 """
 
-import io
 import logging
-import math
 import threading
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from eupe_jax.data.crop import crop_and_resize, random_crop_box
+from eupe_jax.data.decode import REASONS, BrokenRecord, decode, naming, open_picture
 from eupe_jax.data.order import hash_words
 from eupe_jax.data.sources import Record, Source
 
+__all__ = [
+    "REASONS", "BrokenRecord", "HostConfig", "Reading", "RecordReader", "TooManyBroken", "decode", "make_image",
+    "random_crop_box", "random_generator",
+]  # fmt: skip
+
 log = logging.getLogger(__name__)
 
-_ORIENTATION = 0x0112  # EXIF tag
 _ATTEMPTS = 16
-
-
-class BrokenRecord(ValueError):
-    """A record that cannot be turned into an image. `name`: the record's."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
-
-    def __str__(self):
-        return f"{self.name}: {self.reason}"
+_NAMED = 1000  # broken records that are remembered and logged by name
 
 
 class TooManyBroken(RuntimeError):
@@ -63,177 +59,127 @@ class HostConfig:
             raise ValueError(f"data.scale must be 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"data.ratio must be 0 < low <= high, got {self.ratio}")
+        if self.max_pixels < 1:
+            raise ValueError(f"data.max_pixels must be positive, got {self.max_pixels}")
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"data.max_broken_fraction must be in [0, 1], got {self.max_broken_fraction}")
 
 
+@lru_cache(maxsize=64)
+def _stream_key(seed: int) -> tuple[int, int]:
+    return int(hash_words(seed, 0x63726F70)), int(hash_words(seed, 0x70697865))
+
+
 def random_generator(seed: int, step: int, position: int) -> np.random.Generator:
     """Philox stream of one place in the run: the same whatever host, process or thread asks."""
-    key = [int(hash_words(seed, 0x63726F70)), int(hash_words(seed, 0x70697865))]
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, step]))
-
-
-def decode(record: Record, *, max_pixels: int = 80_000_000) -> np.ndarray:
-    """Whole record as upright RGB, uint8 [H, W, 3]. Raises BrokenRecord, which names the record."""
-    with _naming(record):
-        return np.asarray(_to_rgb(_load(_open(record, max_pixels))))
+    return np.random.Generator(np.random.Philox(key=_stream_key(seed), counter=(0, 0, position, step)))
 
 
 def make_image(record: Record, config: HostConfig, generator: np.random.Generator) -> np.ndarray:
     """One image, uint8 [size, size, 3], from a record. Raises BrokenRecord, which names the record."""
     s = config.size
-    with _naming(record):
-        image = _open(record, config.max_pixels)
-        width, height = _upright_size(image)
+    with naming(record):
+        picture = open_picture(record.data, config.max_pixels)
+        width, height = picture.width, picture.height
         if config.mode == "none":
             if (width, height) != (s, s):
-                raise ValueError(f"it is {width}x{height} and mode 'none' takes {s}x{s} as it is")
-            return np.asarray(_to_rgb(_load(image)))
+                raise BrokenRecord(
+                    record.name, f"it is {width}x{height} and mode 'none' takes {s}x{s} as it is", "unsupported"
+                )
+            return picture.decode(1)
         box = (0.0, 0.0, float(width), float(height))
         if config.mode == "crop":
             box = random_crop_box(width, height, config.scale, config.ratio, generator)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size for a fraction of the time: allowed if the crop stays >= s.
-        image = _load(image, shrink=min(box[2] - box[0], box[3] - box[1]) / s)
-        fx, fy = image.width / width, image.height / height
-        box = (box[0] * fx, box[1] * fy, min(box[2] * fx, image.width), min(box[3] * fy, image.height))
-        return np.asarray(_to_rgb(image).resize((s, s), Image.Resampling.BICUBIC, box=box))
-
-
-def random_crop_box(
-    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in whole pixels: ten draws of area and aspect ratio, then the largest central crop
-    of an allowed ratio (torchvision's RandomResizedCrop)."""
-    for _ in range(10):
-        area = width * height * generator.uniform(*scale)
-        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
-            return (float(left), float(top), float(left + w), float(top + h))
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return (float(left), float(top), float(left + w), float(top + h))
-
-
-class _naming:
-    """Turns whatever Pillow raises on a bad file into BrokenRecord with the record's name."""
-
-    def __init__(self, record: Record):
-        self._name = record.name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on broken files.
-        if isinstance(error, UnidentifiedImageError):
-            raise BrokenRecord(self._name, "not an image that Pillow can identify") from error
-        if isinstance(error, Exception) and not isinstance(error, MemoryError):
-            raise BrokenRecord(self._name, f"{type(error).__name__}: {error}") from error
-
-
-def _open(record: Record, max_pixels: int) -> Image.Image:
-    if isinstance(record.data, np.ndarray):
-        image = Image.fromarray(record.data)
-    elif not record.data:
-        raise ValueError("the file is empty")
-    else:
-        image = Image.open(io.BytesIO(record.data))
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than max_pixels={max_pixels}")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(_ORIENTATION, 1)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    w, h = image.size
-    return (h, w) if _orientation(image) in (5, 6, 7, 8) else (w, h)
-
-
-def _load(image: Image.Image, shrink: float = 1.0) -> Image.Image:
-    """Pixels in memory, turned upright; a JPEG is decoded up to `shrink` times smaller."""
-    if shrink >= 2 and image.format == "JPEG":
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    image.load()
-    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB: 16-bit grey scaled (not clipped), transparency laid on white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # I;16 and friends, or a 16-bit file widened to 32 bits
-        grey = np.asarray(image).astype(np.int64)
-        if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ValueError("an integer image outside 0..65535")
-        return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("a floating-point image has no agreed range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        shrink = min(box[2] - box[0], box[3] - box[1]) / s if picture.can_shrink else 1
+        scale = max(n for n in (1, 2, 4, 8) if n == 1 or n <= shrink)
+        return crop_and_resize(picture.decode(scale), tuple(x / scale for x in box), s)
 
 
 def _read(source: Source, index: int) -> Record:
     try:
         return source[index]
+    except BrokenRecord:
+        raise
     except OSError as e:
-        raise BrokenRecord(e.filename or f"record {index}", f"cannot be read: {e.strerror or e}") from e
+        name = e.filename or f"record {index}"
+        raise BrokenRecord(name, f"cannot be read: {e.strerror or e}", "unreadable") from e
+
+
+class Reading(NamedTuple):
+    """image: uint8 [size, size, 3]. index: the record it really shows. broken: kinds (of REASONS) met on the way."""
+
+    image: np.ndarray
+    index: int
+    broken: tuple[str, ...] = ()
 
 
 class RecordReader:
     """Reads, decodes and crops the record of one place, and stands in another one for a broken record.
 
     The stand-in is a function of (seed, step, position) alone, so every host and every resumed run agrees on it.
-    Broken records are logged once by name, and counted; past the allowed fraction TooManyBroken lists them.
-    Thread-safe; a worker process counts for itself.
+    Broken records are logged once by name, and counted by source and kind (`counts`); past the allowed fraction
+    TooManyBroken lists them. Thread-safe; a worker process counts for itself, and `read` says what it met, so whoever
+    gets the batches can `add` that up.
     """
 
     def __init__(self, config: HostConfig, seed: int):
         self._config, self._seed = config, seed
-        self._reads = self._broken_reads = 0
         self._lock = threading.Lock()
-        self.broken: dict[str, str] = {}  # name -> reason
+        self.reads = 0  # records tried, stand-ins among them
+        self.counts: Counter[tuple[str, str]] = Counter()  # (source, kind) -> times a broken record was met
+        self.broken: dict[str, str] = {}  # name -> reason, of the first thousand
 
     def __call__(self, source: Source, index: int, step: int, position: int) -> tuple[np.ndarray, int]:
         """(uint8 [size, size, 3], index of the record it really came from)."""
+        return self.read(source, index, step, position)[:2]
+
+    def read(self, source: Source, index: int, step: int, position: int, name: str = "data") -> Reading:
+        """The image of one place; `name`: what the source is called in `counts`."""
         generator = random_generator(self._seed, step, position)
+        met = []
         for attempt in range(_ATTEMPTS):
             try:
                 image = make_image(_read(source, index), self._config, generator)
             except BrokenRecord as e:
-                self._count(e)
+                met.append(e.kind)
+                self._count(name, e)
                 index = int(hash_words(self._seed, 0x72657472, step, position, attempt) % np.uint64(len(source)))
                 continue
-            self._count()
-            return image, index
+            with self._lock:
+                self.reads += 1
+            return Reading(image, index, tuple(met))
         raise TooManyBroken(f"{_ATTEMPTS} records drawn in a row were broken:\n{self._list()}")
 
-    def _count(self, error: BrokenRecord | None = None):
+    def add(self, reads: int, counts: Counter[tuple[str, str]]):
+        """Counts what another process has read. Raises TooManyBroken past the allowed fraction."""
         with self._lock:
-            self._reads += 1
-            if error is None:
-                return
-            self._broken_reads += 1
-            if error.name not in self.broken:
-                log.warning("broken record replaced: %s", error)
+            self.reads += reads
+            self.counts.update(counts)
+            self._check()
+
+    def _count(self, source: str, error: BrokenRecord):
+        with self._lock:
+            self.reads += 1
+            self.counts[source, error.kind] += 1
+            if error.name not in self.broken and len(self.broken) < _NAMED:
+                log.warning("broken record of %s replaced (%s): %s", source, error.kind, error)
                 self.broken[error.name] = error.reason
-            allowed = self._config.max_broken_fraction
-            if self._broken_reads > allowed * max(self._reads, 200):
-                raise TooManyBroken(
-                    f"{self._broken_reads} of {self._reads} records read were broken, more than "
-                    f"data.max_broken_fraction={allowed} allows:\n{self._list()}"
-                ) from error
+            self._check(error)
+
+    def _check(self, error: BrokenRecord | None = None):
+        broken, allowed = self.counts.total(), self._config.max_broken_fraction
+        if broken > allowed * max(self.reads, 200):
+            kinds = ", ".join(f"{source}: {n} {kind}" for (source, kind), n in sorted(self.counts.items()))
+            raise TooManyBroken(
+                f"{broken} of {self.reads} records read were broken ({kinds}), more than "
+                f"data.max_broken_fraction={allowed} allows:\n{self._list()}"
+            ) from error
 
     def _list(self, at_most: int = 50) -> str:
         lines = [f"  {name}: {reason}" for name, reason in self.broken.items()]
-        return "\n".join(lines[:at_most] + ([f"  and {len(lines) - at_most} more"] if len(lines) > at_most else []))
+        more = self.counts.total() - at_most
+        return "\n".join(lines[:at_most] + ([f"  and others, {more} more readings"] if more > 0 else []))
 
     def __getstate__(self):
         return self._config, self._seed
