@@ -65,7 +65,8 @@ def base() -> ConfigDict:
     config.data.crop_scale = (0.32, 1.0)  # ours: DINOv3's global crop; the paper only names RandomResizedCrop
     config.data.crop_ratio = (0.75, 4 / 3)
     config.data.max_broken_fraction = 0.001
-    config.data.feature_cache = ""  # folder made by launch/cache_features.py: host teachers are read, not run
+    # Folder made by launch/precompute.py: teachers in it are read, not loaded or run, and pixels are augmented already.
+    config.data.feature_cache = ""
     config.data.threads = 16  # decoding threads a host (or a worker)
     config.data.workers = 0  # decoding processes a host; 0 decodes in the training process
 

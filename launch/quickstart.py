@@ -21,7 +21,7 @@ from configs import quickstart as recipes
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
-from eupe_jax.training.pipeline import cache_features
+from eupe_jax.training.precompute import precompute
 from launch import cli, quickstart_evaluation, quickstart_images
 from launch.quickstart_report import write_report
 from launch.quickstart_verdict import verdict
@@ -79,7 +79,7 @@ def main() -> None:
     configs = {mode: scaled(mode, out) for mode in recipes.STEPS}
     stage1, stage2 = configs["stage1"], configs["stage2"]
     with clock.part("experts: features of every training image"):
-        cache_features(stage1, str(out / "features"), VIEWS)
+        precompute(stage1, out / "features", views=VIEWS)
         measure_statistics(stage1, stage1.statistics)
     with clock.part("stage 1: two experts into a proxy"):
         train(stage1, out / "stage1")
@@ -184,7 +184,7 @@ def _commands(out: Path) -> list[dict[str, str]]:
     recipe = "--config=configs/quickstart.py"
     train = "python launch/train.py"
     return [
-        {"what": "expert features", "command": f"python launch/cache_features.py {recipe}:stage1 --out={out}/features"},
+        {"what": "expert features", "command": f"python launch/precompute.py {recipe}:stage1 --out={out}/features"},
         {"what": "expert statistics",
          "command": f"python launch/measure_statistics.py {recipe}:stage1 --out={out}/statistics/experts"},
         {"what": "stage 1", "command": f"{train} {recipe}:stage1 --workdir={out}/stage1"},

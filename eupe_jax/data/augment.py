@@ -7,6 +7,7 @@ draws of an image depend on its key alone, not on its batch, and switching one o
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ class AugmentConfig:
     jitter_p: chance of colour jitter; brightness, contrast, saturation: factors are uniform in [1 - x, 1 + x], hue: a
     shift uniform in [-x, x] turns, in random order. blur: Gaussian, `blur_kernel` taps (odd), sigma uniform in pixels.
     blur_inverted: the authors' blur class hands 1 - p to its base class, so their blur really fires with 1 - blur_p;
-    True reproduces that. solarize inverts values at or above the threshold.
+    True reproduces that. solarize inverts values at or above the threshold. `preset` gives both global crops, as
+    written and as they fire.
     """
 
     flip_p: float = 0.5
@@ -64,6 +66,15 @@ class AugmentConfig:
         """Nothing happens: `augment` is the identity."""
         return cls(flip_p=0, jitter_p=0, grayscale_p=0, blur_p=0, solarize_p=0)
 
+    @classmethod
+    def preset(cls, name: str, *, as_fired: bool = False) -> "AugmentConfig":
+        """DINOv3's "global_1" (blur with p = 1, no solarize) or "global_2" (blur with p = 0.1, solarize): with the
+        probabilities that the authors wrote, or `as_fired` (blur 0 and 0.9). Raises ValueError for another name."""
+        chosen = {"global_1": {"blur_p": 1.0, "solarize_p": 0.0}, "global_2": {}}
+        if name not in chosen:
+            raise ValueError(f"no augment preset {name!r}: use one of {sorted(chosen)}")
+        return cls(**chosen[name], blur_inverted=as_fired)
+
     @property
     def blur_chance(self) -> float:
         """Probability with which blur really fires."""
@@ -76,28 +87,61 @@ def sample_keys(key: jax.Array, step: int | jax.Array, positions: jax.Array) -> 
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(positions))
 
 
+class Draws(NamedTuple):
+    """What happens to each of B images: whether an operation fires (bool [B]) and how strongly.
+
+    factors: of brightness, contrast and saturation, [B, 3]. hue: turns, [B]. order: of 0 brightness, 1 contrast,
+    2 saturation, 3 hue, int [B, 4]. sigma: of the blur in pixels, [B]. Strengths are drawn even where nothing fires.
+    """
+
+    flip: jax.Array
+    jitter: jax.Array
+    factors: jax.Array
+    hue: jax.Array
+    order: jax.Array
+    grayscale: jax.Array
+    blur: jax.Array
+    sigma: jax.Array
+    solarize: jax.Array
+
+
+@partial(jax.jit, static_argnames="config")
+def draws(keys: jax.Array, config: AugmentConfig) -> Draws:
+    """What `augment` draws with these keys [B]."""
+    u = jax.vmap(lambda key: jax.random.uniform(key, (16,)))(keys)
+    strengths = jnp.array([config.brightness, config.contrast, config.saturation])
+    low, high = jnp.maximum(0, 1 - strengths), 1 + strengths  # zero is the lowest factor that torchvision draws
+    sigma_low, sigma_high = config.blur_sigma
+    return Draws(
+        flip=u[:, 0] < config.flip_p,
+        jitter=u[:, 1] < config.jitter_p,
+        factors=low + (high - low) * u[:, 2:5],
+        hue=config.hue * (2 * u[:, 5] - 1),
+        order=jnp.argsort(u[:, 6:10], axis=1),
+        grayscale=u[:, 10] < config.grayscale_p,
+        blur=u[:, 11] < config.blur_chance,
+        sigma=sigma_low + (sigma_high - sigma_low) * u[:, 12],
+        solarize=u[:, 13] < config.solarize_p,
+    )
+
+
 @partial(jax.jit, static_argnames="config")
 def augment(keys: jax.Array, images: jax.Array, config: AugmentConfig) -> jax.Array:
     """Augments float32 RGB [B, H, W, 3] in [0, 1] with one key per image (`sample_keys`); the same shape and range."""
-    u = jax.vmap(lambda key: jax.random.uniform(key, (16,)))(keys)
-    signed = 2 * u - 1
+    drawn = draws(keys, config)
     x = images
     if config.flip_p:
-        x = _where(u[:, 0] < config.flip_p, x[:, :, ::-1], x)
+        x = _where(drawn.flip, x[:, :, ::-1], x)
     if config.jitter_p:
-        strengths = jnp.array([config.brightness, config.contrast, config.saturation])
-        # Zero is the lowest factor that torchvision draws.
-        low, high = jnp.maximum(0, 1 - strengths), 1 + strengths
-        factors = low + (high - low) * u[:, 2:5]
-        jittered = colour_jitter(x, factors, config.hue * signed[:, 5], jnp.argsort(u[:, 6:10], axis=1))
-        x = _where(u[:, 1] < config.jitter_p, jittered, x)
+        x = _where(drawn.jitter, colour_jitter(x, drawn.factors, drawn.hue, drawn.order), x)
     if config.grayscale_p:
-        x = _where(u[:, 10] < config.grayscale_p, jnp.broadcast_to(luma(x), x.shape), x)
+        x = _where(drawn.grayscale, jnp.broadcast_to(luma(x), x.shape), x)
     if config.blur_chance:
-        sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * u[:, 12]
-        x = _where(u[:, 11] < config.blur_chance, gaussian_blur(x, sigma, config.blur_kernel), x)
+        x = _where(drawn.blur, gaussian_blur(x, drawn.sigma, config.blur_kernel), x)
     if config.solarize_p:
-        x = _where(u[:, 13] < config.solarize_p, jnp.where(x >= config.solarize_threshold, 1 - x, x), x)
+        # A level that is exactly at the threshold counts as reaching it, whichever way its division by 255 rounded.
+        reached = x >= config.solarize_threshold - 1e-6
+        x = _where(drawn.solarize, jnp.where(reached, 1 - x, x), x)
     return x
 
 
@@ -177,9 +221,13 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="config")
-def _augment_uint8(key, step, first_position, images, config):
-    keys = sample_keys(key, step, first_position + jnp.arange(images.shape[0]))
-    return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config))
+def augment_uint8(
+    key: jax.Array, step: jax.Array, positions: jax.Array, images: jax.Array, config: AugmentConfig
+) -> tuple[jax.Array, jax.Array]:
+    """(augmented pixels uint8 [B, S, S, 3], each image's key words uint32 [B, 2]) of uint8 images that stand at
+    `positions` (int [B]) of the global batch of `step`, with the run's key."""
+    keys = sample_keys(key, step, positions)
+    return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config)), jax.random.key_data(keys)
 
 
 def host_augment(config: AugmentConfig, seed: int) -> Callable[[int, np.ndarray, int], np.ndarray]:
@@ -194,6 +242,7 @@ def host_augment(config: AugmentConfig, seed: int) -> Callable[[int, np.ndarray,
 
     def augment_on_cpu(step: int, images: np.ndarray, first_position: int = 0) -> np.ndarray:
         with jax.default_device(cpu):
-            return np.asarray(_augment_uint8(key, step, first_position, images, config))
+            positions = first_position + np.arange(len(images))
+            return np.asarray(augment_uint8(key, step, positions, images, config)[0])
 
     return augment_on_cpu

@@ -1,133 +1,48 @@
-"""Host teachers' features computed once: K augmented views of N records on disk, then read as batches.
+"""Teachers' features computed once: K augmented views of N records in ArrayRecord shards, read back as batches.
 
-A folder holds `manifest.json`, `image.npy` (uint8 [K * N, S, S, 3]), `index.npy` (int64 [K * N], the record each image
-really came from) and `NAME.cls.npy` / `NAME.patches.npy` (float16) for every teacher; entry v * N + i is view v of
-record i. Building resumes where it stopped; the manifest is replaced whole after each piece, so a folder is always
-either finished or resumable.
+A folder holds `views-SSSSS-of-NNNNN.array_record` shards, `chain-TEACHER.safetensors` where a teacher was distilled
+itself, and `manifest.json`, written last: the recipe, the teachers' specs, and count, bytes and sha256 of every shard.
+Entry v * N + i is view v of record i: the augmented pixels (lossless), the record they really came from, the crop's
+box, the key of the augmentation's draws, and every teacher's features (feature_codec.py). feature_builder.py writes it.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from array_record.python import array_record_module
+from safetensors.numpy import load
 from tqdm import tqdm
 
-from eupe_jax.data.host import HostConfig, RecordReader
+from eupe_jax.data.feature_codec import decode_features, unpack_arrays
 from eupe_jax.data.order import hash_words, record_index
-from eupe_jax.data.sources import Source
-from eupe_jax.data.teacher_stage import AugmentFn, run_teachers
-from eupe_jax.distill.host_teachers import HostTeacher
-from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.data.teacher_stage import Background
+from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
 
-MANIFEST = "manifest.json"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+FORMAT = 2
 
-
-def build_feature_cache(
-    folder: str | os.PathLike,
-    source: Source,
-    config: HostConfig,
-    teachers: Mapping[str, HostTeacher],
-    augment_fn: AugmentFn | None = None,
-    *,
-    seed: int,
-    views: int = 1,
-    records: int | None = None,
-    augment_facts: Mapping | None = None,
-    piece: int = 64,
-    threads: int = 4,
-    progress: bool = True,
-) -> "FeatureCache":
-    """Computes (or finishes) the cache in `folder` and opens it.
-
-    The first `records` of the source (all by default) in `views` views each. View v of record i is cropped and
-    augmented with the keys of step v, position i. augment_fn: `host_augment(...)`; augment_facts: what describes it in
-    the fingerprint (its config as a dict, its seed). `piece` images are made and saved at a time.
-    Raises ValueError when the folder holds a cache of something else.
-    """
-    count = min(records or len(source), len(source))
-    recipe = {
-        "source": source.digest,
-        "records": count,
-        "views": views,
-        "seed": seed,
-        "host": asdict(config),
-        "augment": dict(augment_facts or {}) if augment_fn else None,
-        "teachers": {name: asdict(t.spec) for name, t in teachers.items()},
-    }
-    writer = _Writer(Path(folder), recipe, _layout(config.size, teachers), views * count)
-    reader = RecordReader(config, seed)
-    bar = tqdm(total=writer.total, initial=writer.done, desc="expert features", unit="img", disable=not progress)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        while writer.done < writer.total:
-            view, first = divmod(writer.done, count)
-            n = min(piece, count - first)  # a piece lies inside one view
-            read = pool.map(lambda i, v=view: reader(source, i, v, i), range(first, first + n))
-            images, index = map(np.stack, zip(*read, strict=True))
-            if augment_fn is not None:
-                images = augment_fn(view, images, first)
-            features = run_teachers(teachers, images)
-            flat = {f"{name}.{kind}": x for name, kinds in features.items() for kind, x in kinds.items()}
-            writer.append({"image": images, "index": index, **flat})
-            bar.update(n)
-    return FeatureCache(folder)
+# No read-ahead: entries are read in an order of their own.
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-def _layout(size: int, teachers: Mapping[str, HostTeacher]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """(shape of one entry, dtype) of every array of a cache."""
-    layout: dict[str, tuple[tuple[int, ...], str]] = {"image": ((size, size, 3), "uint8"), "index": ((), "int64")}
-    for name, teacher in teachers.items():
-        spec = teacher.spec
-        layout[f"{name}.patches"] = ((spec.grid, spec.grid, spec.patch_dim), "float16")
-        if spec.cls_dim is not None:
-            layout[f"{name}.cls"] = ((spec.cls_dim,), "float16")
-    return layout
-
-
-class _Writer:
-    """Appends entries to the arrays of a cache; `done` of `total` are safely there, also after an interruption."""
-
-    def __init__(self, folder: Path, recipe: dict, layout: dict, total: int):
-        recipe = json.loads(json.dumps(recipe))  # as it will be read back
-        self._folder, self.total = folder, total
-        self._manifest = {"format": 1, "recipe": recipe, "entries": total, "done": 0}
-        if (folder / MANIFEST).exists():
-            old = json.loads((folder / MANIFEST).read_text())
-            if old["recipe"] != recipe:
-                changed = sorted(k for k in recipe if old["recipe"].get(k) != recipe[k])
-                raise ValueError(f"{folder} holds a feature cache of another {', '.join(changed)}; remove it first")
-            self._manifest = old
-        folder.mkdir(parents=True, exist_ok=True)
-        self._arrays = {
-            key: np.load(folder / f"{key}.npy", mmap_mode="r+")
-            if self.done
-            else np.lib.format.open_memmap(folder / f"{key}.npy", mode="w+", dtype=dtype, shape=(total, *shape))
-            for key, (shape, dtype) in layout.items()
-        }
-
-    @property
-    def done(self) -> int:
-        return self._manifest["done"]
-
-    def append(self, values: Mapping[str, np.ndarray]):
-        end = self.done + len(values["index"])
-        for key, array in self._arrays.items():
-            array[self.done : end] = _to_float16(values[key], key) if array.dtype == np.float16 else values[key]
-            array.flush()
-        self._manifest["done"] = end
-        temporary = self._folder / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(self._manifest, indent=2))
-        os.replace(temporary, self._folder / MANIFEST)
-
-
-def _to_float16(x: np.ndarray, name: str) -> np.ndarray:
-    if not np.all(np.abs(x) <= np.finfo(np.float16).max):  # NaN fails too
-        raise ValueError(f"{name}: features are not finite or too large for float16 (largest {np.abs(x).max()})")
-    return x.astype(np.float16)
+def read_manifest(path: Path) -> dict:
+    """manifest.json, or progress.json of an unfinished cache. Raises ValueError when it is none of this format."""
+    try:
+        content = json.loads(path.read_bytes())
+        held = content["format"]
+        complete = {"recipe", "shards", "chains"} <= content.keys()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no manifest of a feature cache ({type(error).__name__}: {error})") from None
+    if held != FORMAT or not complete:
+        raise ValueError(f"{path}: a feature cache of format {held}; this code reads format {FORMAT}: build it again")
+    return content
 
 
 def _spec(facts: dict) -> TeacherSpec:
@@ -139,45 +54,103 @@ class FeatureCache:
 
     Epoch e shows every record once, each in one of its views; K epochs in a row show all of a record's views.
     "index" numbers the source's records. `fingerprint` identifies teachers and data recipe; `teachers`: their specs.
-    Raises FileNotFoundError when there is no cache, ValueError when it is unfinished.
+    Opening reads the manifest and the sizes of the files; a damaged record is found when it is read, all of them by
+    `verify`.
+    Raises FileNotFoundError when there is no cache or a shard is missing, ValueError when it is unfinished, or a shard
+    is not what the manifest says.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
+    def __init__(self, folder: str | os.PathLike, *, threads: int = 4):
+        if "://" in os.fspath(folder):
+            raise ValueError(f"{folder}: a feature cache is read from a local folder or a mount (gcsfuse), not a bucket")
+        self.folder = Path(folder)
+        if (self.folder / PROGRESS).is_file() and not (self.folder / MANIFEST).is_file():
+            shards = read_manifest(self.folder / PROGRESS)
+            done, total = len(shards["shards"]), shards["recipe"]["shards"]
+            raise ValueError(f"{folder}: unfinished feature cache, {done} of {total} shards; build it again to go on")
+        if not (self.folder / MANIFEST).is_file():
             raise FileNotFoundError(f"no feature cache in {folder} ({MANIFEST} is missing)")
-        self.manifest = json.loads((folder / MANIFEST).read_text())
-        done, total = self.manifest["done"], self.manifest["entries"]
-        if done < total:
-            raise ValueError(f"{folder}: unfinished feature cache, {done} of {total} entries; build it again to go on")
+        self.manifest = read_manifest(self.folder / MANIFEST)
         self.recipe = self.manifest["recipe"]
         self.records, self.views = self.recipe["records"], self.recipe["views"]
         self.fingerprint = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
         self.teachers = {name: _spec(facts) for name, facts in self.recipe["teachers"].items()}
-        self._image = np.load(folder / "image.npy", mmap_mode="r")
-        self._index = np.load(folder / "index.npy", mmap_mode="r")
-        self._features = {
-            name: {
-                kind: np.load(folder / f"{name}.{kind}.npy", mmap_mode="r")
-                for kind in ("cls", "patches")
-                if (folder / f"{name}.{kind}.npy").is_file()
-            }
-            for name in self.teachers
-        }
+        self.entry_count = self.records * self.views
+        self._shards = self.manifest["shards"]
+        for shard in self._shards:
+            self._check_size(shard)
+        self._ends = np.cumsum([shard["records"] for shard in self._shards])
+        if not len(self._ends) or self._ends[-1] != self.entry_count:
+            raise ValueError(f"{folder}: the manifest's shards hold {self._ends[-1:]} of {self.entry_count} entries")
+        self._reader = lru_cache(maxsize=256)(self._open)
+        self._threads = threads
+        self._layout = self._shapes(self.recipe["host"]["size"])
+
+    def _check_size(self, shard: Mapping) -> None:
+        path, cure = self.folder / shard["file"], "copy the feature cache again, or build it again"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: {cure}")
+        if (size := path.stat().st_size) != shard["bytes"]:
+            raise ValueError(f"{path} has {size} bytes, not {shard['bytes']}: {cure}")
+
+    def _open(self, shard: int) -> array_record_module.ArrayRecordReader:
+        path = str(self.folder / self._shards[shard]["file"])
+        return array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
 
     def __len__(self) -> int:
         return self.records
 
+    def read(self, entry: int) -> dict[str, np.ndarray]:
+        """What is stored of one entry: "image" uint8 [S, S, 3], "index" int64, "box" float32 [4] (left, top, right,
+        bottom in the upright picture), "key" uint32 [2] (`augment.draws` tells what was drawn with it), and the
+        teachers' features as feature_codec.py stores them.
+
+        Raises OSError or ValueError, naming shard and record, when it is damaged.
+        """
+        shard = int(np.searchsorted(self._ends, entry, side="right"))
+        record = entry - int(self._ends[shard]) + self._shards[shard]["records"]
+        where = f"{self.folder / self._shards[shard]['file']}: record {record}"
+        try:
+            (data,) = self._reader(shard).read([record])
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise OSError(f"{where}: cannot be read: {error}") from error
+        arrays = unpack_arrays(data, where)
+        if lacking := {k: s for k, s in self._layout.items() if k not in arrays or arrays[k].shape != s}:
+            raise ValueError(f"{where}: lacks arrays that the manifest promises: {lacking}")
+        return arrays
+
+    def _shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one entry's arrays, scales apart."""
+        layout = {"image": (size, size, 3), "index": (), "key": (2,), "box": (4,)}
+        for name, spec in self.teachers.items():
+            layout[f"{name}.patches"] = (spec.grid, spec.grid, spec.patch_dim)
+            if spec.cls_dim is not None:
+                layout[f"{name}.cls"] = (spec.cls_dim,)
+        return layout
+
     def entries(self, entry: np.ndarray) -> dict:
         """The batch made of these entries (int [b]); features as float32."""
-        return {
-            "image": np.asarray(self._image[entry]),
-            "index": np.asarray(self._index[entry]),
-            "features": {
-                name: {kind: array[entry].astype(np.float32) for kind, array in kinds.items()}
-                for name, kinds in self._features.items()
-            },
+        layout, b = self._layout, len(entry)
+        image, index = np.empty((b, *layout["image"]), np.uint8), np.empty(b, np.int64)
+        features = {
+            name: {
+                kind: np.empty((b, *layout[key]), np.float32)
+                for kind in ("cls", "patches")
+                if (key := f"{name}.{kind}") in layout
+            }
+            for name in self.teachers
         }
+
+        def fill(j: int) -> None:
+            arrays = self.read(int(entry[j]))
+            image[j], index[j] = arrays["image"], arrays["index"]
+            for name, kinds in features.items():
+                for kind, out in kinds.items():
+                    decode_features(f"{name}.{kind}", arrays, out[j])
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(fill, range(b)))
+        return {"image": image, "index": index, "features": features}
 
     def entries_of_step(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """Entries (int64 [batch_size]) of the global batch of `step`."""
@@ -189,16 +162,49 @@ class FeatureCache:
 
     def batches(
         self, start_step: int = 0, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict]:
-        """This host's part of every batch from `start_step` on; endless. Raises ValueError as `Loader` does."""
+    ) -> Background:
+        """This host's part of every batch from `start_step` on, read ahead in a thread; endless. Close it when done.
+
+        Raises ValueError as `Loader` does.
+        """
         if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
             raise ValueError(f"batch_size {batch_size} does not divide over process {process_index} of {process_count}")
         b = batch_size // process_count
         mine = slice(process_index * b, (process_index + 1) * b)
 
-        def generate(step: int) -> Iterator[dict]:
-            while True:
+        def read(steps: Iterator[int]) -> Iterator[dict]:
+            for step in steps:
                 yield self.entries(self.entries_of_step(step, batch_size, seed)[mine])
-                step += 1
 
-        return generate(start_step)
+        return Background(read, itertools.count(start_step), ahead=2)
+
+    def chain(self, teacher: str) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """(header, arrays) of what leads from a distilled teacher back to its own teachers; None where it was not."""
+        if (held := self.manifest["chains"].get(teacher)) is None:
+            return None
+        path = self.folder / f"chain-{teacher}.safetensors"
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != held["sha256"]:
+            raise ValueError(f"{path} is damaged: its sha256 is not the manifest's")
+        return held["header"], load(data)
+
+    def verify(self, *, progress: bool = True) -> list[str]:
+        """What is damaged, one line each: every shard's sha256 and every record are read. Empty: all is well."""
+        damaged = []
+        with tqdm(total=self.entry_count, desc="verifying", unit="img", disable=not progress) as bar:
+            for shard, end in zip(self._shards, self._ends, strict=True):
+                path = self.folder / shard["file"]
+                if sha256_file(path) != shard["sha256"]:
+                    damaged.append(f"{path}: its sha256 is not the manifest's")
+                for entry in range(end - shard["records"], end):
+                    try:
+                        self.read(entry)
+                    except (OSError, ValueError) as error:
+                        damaged.append(str(error))
+                    bar.update()
+        for teacher in self.manifest["chains"]:
+            try:
+                self.chain(teacher)
+            except (OSError, ValueError) as error:
+                damaged.append(str(error))
+        return damaged

@@ -41,7 +41,7 @@ def with_host_teachers(
     first_position: int = 0,
     ahead: int = 2,
 ) -> "Background":
-    """Adds batch["features"] and replaces batch["image"] by the augmented pixels, `ahead` batches in advance.
+    """Adds to batch["features"] and replaces batch["image"] by the augmented pixels, `ahead` batches in advance.
 
     batches: `loader.batches(start_step)`; first_position: `loader.first_position`. augment_fn: `host_augment(...)`;
     None: no augmentation. What goes wrong in the thread is raised by the consumer's next(). Close the result (or leave
@@ -51,7 +51,7 @@ def with_host_teachers(
     def stage(batches: Iterator[dict]) -> Iterator[dict]:
         for step, batch in enumerate(batches, start_step):
             images = augment_fn(step, batch["image"], first_position) if augment_fn else batch["image"]
-            yield {**batch, "image": images, "features": run_teachers(teachers, images)}
+            yield {**batch, "image": images, "features": batch.get("features", {}) | run_teachers(teachers, images)}
 
     return Background(stage, iter(batches), ahead)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,6 +23,7 @@ from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import interchange, zoo
 from eupe_jax.sharding.rules import shardings
 from eupe_jax.training import checkpoints, weight_files
+from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.fingerprint import fingerprint
 from eupe_jax.training.optimizer import make_optimizer
 
@@ -66,14 +68,20 @@ def describe_teachers(config: ConfigDict) -> dict[str, Teacher]:
 
 
 def load_teachers(config: ConfigDict, mesh: Mesh) -> Teachers:
-    """Loads every teacher's weights, frozen and placed on the mesh.
+    """Loads every teacher's weights, frozen and placed on the mesh. Of one whose features are in the config's feature
+    cache, nothing is loaded: neither checkpoint nor package needs to be there.
 
     Raises:
       ValueError, FileNotFoundError: a checkpoint is missing, is another model, or a field is wrong.
     """
     loaded = Teachers({}, {}, {}, {}, {})
+    cache = open_cache(config)
     for name, entry in config.teachers.items():
-        if entry.kind == "encoder":
+        if cache is not None and name in cache.teachers:
+            loaded.by_name[name] = _teacher(entry, cache.teachers[name], None)
+            if chain := cache.chain(name):
+                loaded.chain_headers[name], loaded.chains[name] = chain[0], unflatten_dict(chain[1], sep="/")
+        elif entry.kind == "encoder":
             _load_encoder_teacher(loaded, name, entry, mesh)
         elif entry.kind == "host":
             host = load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])

@@ -10,17 +10,17 @@ from ml_collections import ConfigDict
 
 from eupe_jax.data import sources as source_kinds
 from eupe_jax.data.augment import AugmentConfig, augment, host_augment, sample_keys
-from eupe_jax.data.feature_cache import FeatureCache, build_feature_cache
 from eupe_jax.data.host import HostConfig
 from eupe_jax.data.loader import Loader
 from eupe_jax.data.teacher_stage import with_host_teachers
 from eupe_jax.distill import resolutions
-from eupe_jax.distill.host_teachers import HostTeacher, load_host_teacher
+from eupe_jax.distill.host_teachers import HostTeacher
 from eupe_jax.distill.step import Loss, Student
 from eupe_jax.distill.step import make_step as make_distillation_step
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding
 from eupe_jax.training.assemble import Teachers, check_sides
+from eupe_jax.training.cached_teachers import open_cache
 
 
 def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -60,7 +60,7 @@ def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -
     data = config.data
     return Loader(
         {name: make_source(name, entry) for name, entry in data.sources.items()},
-        _host_config(data),
+        host_config(data),
         batch_size=config.batch_size,
         seed=config.seed,
         weights={name: entry.weight for name, entry in data.sources.items()},
@@ -71,7 +71,8 @@ def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -
     )
 
 
-def _host_config(data: ConfigDict) -> HostConfig:
+def host_config(data: ConfigDict) -> HostConfig:
+    """How the host makes images, from `config.data`."""
     return HostConfig(
         size=data.image_size,
         mode=data.mode,
@@ -81,57 +82,18 @@ def _host_config(data: ConfigDict) -> HostConfig:
     )
 
 
-def cache_features(config: ConfigDict, folder: str, views: int) -> FeatureCache:
-    """Runs the host teachers once over `views` augmented views of every image; resumes where it was stopped.
-
-    A run whose `data.feature_cache` names the folder then trains without them.
-
-    Raises:
-      ValueError: no host teacher, several sources, or `folder` holds a cache of something else.
-    """
-    hosts = {
-        name: load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])
-        for name, entry in config.teachers.items()
-        if entry.kind == "host"
-    }
-    if not hosts or len(config.data.sources) != 1:
-        raise ValueError("a feature cache takes a config with host teachers and exactly one data source")
-    ((name, entry),) = config.data.sources.items()
-    settings = AugmentConfig.from_dict(config.augment)
-    return build_feature_cache(
-        folder,
-        make_source(name, entry),
-        _host_config(config.data),
-        hosts,
-        host_augment(settings, config.seed),
-        seed=config.seed,
-        views=views,
-        augment_facts=config.augment.to_dict(),
-    )
-
-
-def _cached(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> FeatureCache:
-    cache = FeatureCache(config.data.feature_cache)
-    for name, host in hosts.items():
-        if name not in cache.teachers:
-            raise ValueError(f"{config.data.feature_cache} holds no features of teacher {name!r}")
-        mine, wanted = cache.teachers[name], host.spec
-        if (mine.fingerprint, mine.resolution) != (wanted.fingerprint, wanted.resolution):
-            raise ValueError(f"{config.data.feature_cache} holds features of another {name!r}: build the cache again")
-    return cache
-
-
 def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> Iterator[dict]:
-    """Global batches on the mesh from `start_step` on: {"image": uint8 [B, S, S, 3], "index": [B]}; with host
-    teachers also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done.
+    """Global batches on the mesh from `start_step` on: {"image": uint8 [B, S, S, 3], "index": [B]}; with host teachers
+    or a feature cache also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done.
 
     Raises:
-      ValueError, OSError: at once, when the sources cannot be opened.
+      ValueError, OSError: at once, when the sources or the cache cannot be opened.
     """
     here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    if config.data.feature_cache:
-        cache = _cached(config, hosts)
+    if (cache := open_cache(config)) is not None:
         local = cache.batches(start_step, batch_size=config.batch_size, seed=config.seed, **here)
+        if hosts:
+            local = with_host_teachers(local, hosts, start_step=start_step)
         return _on_mesh(local, batch_sharding(mesh))
     loader = make_loader(config, **here)
     local = loader.batches(start_step)
@@ -153,8 +115,8 @@ def _on_mesh(local: Iterator[dict], sharding: NamedSharding) -> Iterator[dict]:
 
 
 def device_augment(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> Callable | None:
-    """`augment(step, images)` for the jitted step; None where host teachers had it done beside the pipeline."""
-    if hosts:
+    """`augment(step, images)` for the jitted step; None where the batch brings augmented pixels."""
+    if hosts or config.data.feature_cache:
         return None
     settings = AugmentConfig.from_dict(config.augment)
 

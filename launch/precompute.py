@@ -1,0 +1,42 @@
+"""Runs a recipe's teachers once over augmented views of its images and keeps pixels and features:
+
+python launch/precompute.py --config=configs/quickstart.py:stage1 --out=runs/quickstart/features --views=2
+
+Training then names the folder, --config.data.feature_cache=runs/quickstart/features, and needs these teachers no more.
+The same command resumes; with --verify it also reads a finished cache back, every byte.
+"""
+
+from absl import flags
+
+from eupe_jax.data.feature_codec import PRECISIONS
+from eupe_jax.training.precompute import precompute
+from launch import cli
+
+CONFIG = cli.define_config()
+OUT = flags.DEFINE_string("out", None, "folder of the cache, local or mounted")
+VIEWS = flags.DEFINE_integer("views", 2, "augmented views of every image", lower_bound=1)
+PRECISION = flags.DEFINE_enum("precision", "bf16", PRECISIONS, "how features are stored")
+SHARDS = flags.DEFINE_integer("shards", None, "files; default: of about 256 MiB each", lower_bound=1)
+RECORDS = flags.DEFINE_integer("records", None, "use only the first so many images of the source", lower_bound=1)
+TEACHERS = flags.DEFINE_list("teachers", [], "names of the config's teachers to run; default: all")
+VERIFY = flags.DEFINE_bool("verify", False, "read the finished cache back and name what is damaged")
+
+
+def main() -> None:
+    cache = precompute(
+        cli.require(CONFIG, "config"),
+        cli.require(OUT, "out"),
+        views=VIEWS.value,
+        precision=PRECISION.value,
+        shards=SHARDS.value,
+        records=RECORDS.value,
+        teachers=TEACHERS.value,
+    )
+    if VERIFY.value and (damaged := cache.verify()):
+        print("\n".join(damaged))
+        raise ValueError(f"{OUT.value}: {len(damaged)} parts of the feature cache are damaged: build it again")
+    print(f"{len(cache)} images x {cache.views} views in {OUT.value}; fingerprint {cache.fingerprint[:16]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
