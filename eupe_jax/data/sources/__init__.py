@@ -1,4 +1,4 @@
-"""Where records come from: random access to encoded images, with NumPy and Pillow alone.
+"""Where records come from: random access to encoded images, without TensorFlow or JAX.
 
 A source answers `len(source)` and `source[i] -> Record`, can be pickled (worker processes), and has a `digest`, a
 string that changes when its records do (it goes into fingerprints of what is made from them). Decoding is not its
@@ -8,7 +8,9 @@ business (`eupe_jax.data.host`).
 from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, RecordError, Source
 from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import ArraySource, PackagedPhotos, synthetic
+from eupe_jax.data.sources.parquet import Parquet
 from eupe_jax.data.sources.registry import KINDS, open_source, source_options
+from eupe_jax.data.sources.tar_shards import TarShards
 from eupe_jax.data.sources.tfds import Tfds
 
 __all__ = [
@@ -17,9 +19,11 @@ __all__ = [
     "ArraySource",
     "ImageFolder",
     "PackagedPhotos",
+    "Parquet",
     "Record",
     "RecordError",
     "Source",
+    "TarShards",
     "Tfds",
     "open_source",
     "source_options",

@@ -6,7 +6,7 @@ import numpy as np
 
 from eupe_jax.data.sources import storage
 from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, digest_of, in_range, is_image
-from eupe_jax.data.sources.index_cache import Tables, make_indices
+from eupe_jax.data.sources.index_cache import IndexCache, Tables
 from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
 
 
@@ -23,8 +23,9 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike, index_dir: str | None = None):
         self.path = os.fspath(path)
         files = [f for f in storage.list_files(self.path) if is_image(f.path) or is_tar(f.path)]
-        tars = make_indices([f for f in files if is_tar(f.path)], tar_images, "tar images", index_dir)
-        self._tars, self._reader = Tables(tars), storage.RangeReader()
+        cache = IndexCache(tar_images, "tar images", index_dir)
+        tars = cache.indices([f for f in files if is_tar(f.path)])
+        self._tars, self._reader = Tables(cache, tars), storage.RangeReader()
         # Loose files by name below `path`; runs of them and tar files lie as they are sorted: (first of the tars, or
         # -1 - first of the loose files; number of records).
         self._loose: list[str] = []

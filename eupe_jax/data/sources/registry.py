@@ -6,6 +6,8 @@ from collections.abc import Callable
 from eupe_jax.data.sources.base import Source
 from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import PackagedPhotos, synthetic
+from eupe_jax.data.sources.parquet import Parquet
+from eupe_jax.data.sources.tar_shards import TarShards
 from eupe_jax.data.sources.tfds import Tfds
 
 
@@ -15,7 +17,12 @@ def _tfds(path: str, *, data_dir: str | None = None, image_key: str = "image") -
 
 
 # Those of the first table take a path, the others only options.
-_WITH_PATH: dict[str, Callable[..., Source]] = {"images": ImageFolder, "tfds": _tfds}
+_WITH_PATH: dict[str, Callable[..., Source]] = {
+    "images": ImageFolder,
+    "tar": TarShards,
+    "parquet": Parquet,
+    "tfds": _tfds,
+}
 _WITHOUT_PATH: dict[str, Callable[..., Source]] = {"photos": PackagedPhotos, "synthetic": synthetic}
 
 KINDS = (*_WITH_PATH, *_WITHOUT_PATH)
@@ -34,8 +41,9 @@ def source_options(kind: str) -> tuple[str, ...]:
 def open_source(kind: str, path: str = "", /, *, field: str = "source", **options) -> Source:
     """The source of one kind at `path`.
 
-    kind "images": a folder (also of tar files), `ImageFolder`. "tfds": "NAME:SPLIT", options as `Tfds`. "photos": the
-    photographs packaged with scikit-image and scikit-learn. "synthetic": random pictures for smoke tests.
+    kind "images": a folder (also of tar files), `ImageFolder`. "tar": WebDataset shards, `TarShards`. "parquet": Hugging
+    Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT", options as `Tfds`. "photos": the photographs packaged with
+    scikit-image and scikit-learn. "synthetic": random pictures for smoke tests.
     field: how errors call the place the arguments come from, e.g. "data.sources.large".
     Raises ValueError, which begins with that field, for an unknown kind or option and for what cannot be opened.
     """

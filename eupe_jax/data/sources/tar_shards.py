@@ -10,7 +10,7 @@ import numpy as np
 
 from eupe_jax.data.sources import storage
 from eupe_jax.data.sources.base import Record, RecordError, digest_of
-from eupe_jax.data.sources.index_cache import Tables, default_folder, make_indices
+from eupe_jax.data.sources.index_cache import IndexCache, Tables, default_folder
 from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ class TarShards:
     ):
         files = storage.find(path, is_tar, "tar shards")
         folder = index_dir or default_folder("tar_index")
-        indices = make_indices(files, partial(_samples, member=member), f"tar samples {member}".strip(), folder)
-        self._tables, self._reader = Tables(indices), storage.RangeReader()
+        cache = IndexCache(partial(_samples, member=member), f"tar samples {member}".strip(), folder)
+        indices = cache.indices(files)
+        self._tables, self._reader = Tables(cache, indices), storage.RangeReader()
         if not len(self):
             raise ValueError(f"{path}: no images in {len(files)} tar shards" + (f" as KEY.{member}" if member else ""))
         self.digest = digest_of((posixpath.basename(i.file.path), i.file.size, i.digest) for i in indices)
