@@ -64,12 +64,8 @@ def _cosines(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
-def _mean_cosines(reference: Features, candidate: Features) -> dict[str, float]:
-    return {name: float(_cosines(reference[name], candidate[name]).mean()) for name in TARGETS if name in reference}
-
-
 def _falls_short(cosines: Mapping[str, float], targets: Mapping[str, float]) -> bool:
-    return any(not cosines[name] >= target for name, target in targets.items() if name in cosines)
+    return any(not cosine >= targets[name] for name, cosine in cosines.items())  # a NaN always does
 
 
 def choose_float_layers(
@@ -88,12 +84,13 @@ def choose_float_layers(
     Returns:
       "float_layers": names for `quantize`, most harmful first (all layers if nothing less meets the targets);
       "cosine": of the chosen mixture, by output; "cosine_all_int8": with no float layer; "sensitivity": 1 - cosine of
-      every layer quantised alone, by layer and output, most harmful first; empty where no sweep was needed.
+      each layer quantised alone, by layer and output, most harmful first; empty where no sweep was needed.
 
     Raises:
       ValueError: the network returns none of the targets' outputs.
     """
-    if not set(targets) & set(network.outputs):
+    judged = [name for name in network.outputs if name in targets]
+    if not judged:
         raise ValueError(f"none of {', '.join(targets)} is among the network's outputs, {', '.join(network.outputs)}")
     layers, mixture = linear_layers(network), quantize(network)
     as_float = {name: network.get_submodule(name) for name in layers}
@@ -103,7 +100,8 @@ def choose_float_layers(
     def cosines(int8: Collection[str]) -> dict[str, float]:
         for name in layers:
             mixture.set_submodule(name, as_int8[name] if name in int8 else as_float[name])
-        return _mean_cosines(reference, features(mixture, images_Nx3xHxW))
+        found = features(mixture, images_Nx3xHxW)
+        return {name: float(_cosines(reference[name], found[name]).mean()) for name in judged}
 
     everything = found = cosines(layers)
     sensitivity: dict[str, dict[str, float]] = {}
