@@ -5,6 +5,7 @@ string that changes when its records do (it goes into fingerprints of what is ma
 business (`eupe_jax.data.host`).
 """
 
+from eupe_jax.data.sources.array_record import ArrayRecordSource
 from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, RecordError, Source
 from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import ArraySource, PackagedPhotos, synthetic
@@ -16,6 +17,7 @@ from eupe_jax.data.sources.tfds import Tfds
 __all__ = [
     "IMAGE_SUFFIXES",
     "KINDS",
+    "ArrayRecordSource",
     "ArraySource",
     "ImageFolder",
     "PackagedPhotos",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+from eupe_jax.data.sources.array_record import ArrayRecordSource
 from eupe_jax.data.sources.base import Source
 from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import PackagedPhotos, synthetic
@@ -18,6 +19,7 @@ def _tfds(path: str, *, data_dir: str | None = None, image_key: str = "image") -
 
 # Those of the first table take a path, the others only options.
 _WITH_PATH: dict[str, Callable[..., Source]] = {
+    "array_record": ArrayRecordSource,
     "images": ImageFolder,
     "tar": TarShards,
     "parquet": Parquet,
@@ -41,9 +43,10 @@ def source_options(kind: str) -> tuple[str, ...]:
 def open_source(kind: str, path: str = "", /, *, field: str = "source", **options) -> Source:
     """The source of one kind at `path`.
 
-    kind "images": a folder (also of tar files), `ImageFolder`. "tar": WebDataset shards, `TarShards`. "parquet": Hugging
-    Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT", options as `Tfds`. "photos": the photographs packaged with
-    scikit-image and scikit-learn. "synthetic": random pictures for smoke tests.
+    kind "array_record": `ArrayRecordSource`, what launch/pack.py writes. "tar": WebDataset shards, `TarShards`.
+    "parquet": Hugging Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT", options as `Tfds`. "images": a folder
+    (also of tar files), `ImageFolder`. "photos": the photographs packaged with scikit-image and scikit-learn.
+    "synthetic": random pictures for smoke tests.
     field: how errors call the place the arguments come from, e.g. "data.sources.large".
     Raises ValueError, which begins with that field, for an unknown kind or option and for what cannot be opened.
     """

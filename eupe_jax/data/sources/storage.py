@@ -87,6 +87,14 @@ def stat(path: str) -> File:
         return _local_file(path)
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    with explained(path):
+        return _filesystem(path).isfile(path)
+
+
 def _local_file(path: str) -> File:
     status = os.stat(path)
     return File(path, status.st_size, str(status.st_mtime_ns))
