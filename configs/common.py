@@ -61,6 +61,7 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.image_size = 256  # canonical size the host crops to: the largest view of the run
     config.data.sources = ConfigDict()  # name -> source(...)
+    config.data.mixing = "batch"  # a step draws from one source (EUPE §3.4); "record" mixes sources within each batch
     config.data.mode = "crop"  # random-resized crop; "resize" squashes, "none" takes pictures of that size as they are
     config.data.crop_scale = (0.32, 1.0)  # ours: DINOv3's global crop; the paper only names RandomResizedCrop
     config.data.crop_ratio = (0.75, 4 / 3)
@@ -137,9 +138,13 @@ def _teacher(entry: ConfigDict, resolutions: tuple[int, ...], class_token: str) 
     return entry
 
 
-def source(kind: str, path: str, weight: float = 1.0, **options) -> ConfigDict:
-    """One image source; each step draws its whole batch from one, with probability proportional to `weight`."""
-    return ConfigDict({"kind": kind, "path": path, "weight": weight, "options": ConfigDict(options)})
+def source(kind: str, path: str, weight: float = 1.0, *, repeat: int = 0, **options) -> ConfigDict:
+    """One image source, drawn from in proportion to `weight` (`config.data.mixing` says how).
+
+    repeat: how often each of its records may be seen in a run, at most; 0: endlessly.
+    """
+    entry = {"kind": kind, "path": path, "weight": weight, "repeat": repeat, "options": ConfigDict(options)}
+    return ConfigDict(entry)
 
 
 def lvd_like_mixture() -> ConfigDict:

@@ -4,28 +4,38 @@ The only state is the global step: `Loader.batches(step)` gives the same batches
 began there, and the hosts of a run together give the same global batch whatever their number.
 """
 
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 
 import grain
 import numpy as np
 
-from eupe_jax.data.host import HostConfig, RecordReader
-from eupe_jax.data.mixture import Mixture
+from eupe_jax.data.host import REASONS, HostConfig, RecordReader
+from eupe_jax.data.mixture import Mixing, Mixture
 from eupe_jax.data.order import hash_words, record_index
 from eupe_jax.data.sources import Source
 
+log = logging.getLogger(__name__)
+
 Batch = dict[str, np.ndarray]
+
+_BROKEN = "broken"  # int64 [sources, kinds]: comes with a batch from whichever process made it
 
 
 class Loader:
     """A stream of batches from one source or a mixture.
 
-    sources: one source, or sources by name. weights: probability of each name for a step's whole batch (homogeneous
-    batches, EUPE §3.4); without them, in proportion to size. batch_size: the global batch, divisible by
-    `process_count`. Record ids ("index") number the sources' records one after another in the order of `sources`.
-    threads: batches made at once, each by one thread. workers: processes with that many threads each, for hosts that
-    decoding holds up; 0 keeps everything in this process.
+    sources: one source, or sources by name. weights: of each name in the mixture; without them, in proportion to size.
+    mixing: "batch" draws the whole batch of a step from one source (EUPE §3.4), "record" mixes within batches.
+    repeats: how often the records of a named source may be seen, at most; without it, endlessly. What a run of
+    `total_steps` draws is known beforehand, so one that would need more is refused at once.
+    batch_size: the global batch, divisible by `process_count`. Record ids ("index") number the sources' records one
+    after another in the order of `sources`. threads: batches made at once, each by one thread. workers: processes with
+    that many threads each, for hosts that decoding holds up; 0 keeps everything in this process.
+    `counts`: how often broken records of each (source, kind of `host.REASONS`) were met for the batches handed out.
     Raises ValueError for settings that do not fit together.
     """
 
@@ -37,6 +47,9 @@ class Loader:
         batch_size: int,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        mixing: Mixing = "batch",
+        repeats: Mapping[str, int] | None = None,
+        total_steps: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
         threads: int = 8,
@@ -56,54 +69,107 @@ class Loader:
         self.local_batch_size = batch_size // process_count
         self.first_position = process_index * self.local_batch_size
         self._threads, self._workers = threads, workers
-        self._records = _Records(sources, config, weights, seed, batch_size)
+        mixture = Mixture({name: weights[name] for name in sources}, seed, batch_size, mixing)
+        _check_repeats(sources, mixture, dict(repeats or {}), total_steps)
+        self._records = _Records(sources, config, mixture, seed)
+        self.counts: Counter[tuple[str, str]] = Counter()
 
     def record_ids(self, step: int) -> np.ndarray:
         """Ids (int64 [global batch]) that `step` asks for, before any broken record is replaced."""
-        source, indices = self._records.of_step(step)
-        return indices + self._records.offsets[source]
+        source, index = self._records.of_step(step)
+        return index + self._records.offsets[source]
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> "_Stream":
         """This host's part of every batch from `start_step` on: "image" uint8 [b, S, S, 3], "index" int64 [b].
 
-        Endless. Close it (or drop it) to stop its threads.
+        Endless. Close it (or drop it) to stop its threads. A worker process that dies is a RuntimeError.
         """
-        b, first = self.local_batch_size, self.first_position
-        records = self._records
-
-        def place(i: int) -> Batch:
-            return records.read(start_step + i // b, first + i % b)
-
-        # Batched before it is iterated, so that worker processes share out whole batches and order stays.
+        make = partial(self._records.batch, first=self.first_position, count=self.local_batch_size)
         read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads)
-        dataset = grain.MapDataset.range(sys.maxsize).map(place).batch(b).to_iter_dataset(read)
+        # An element is a whole batch, so that worker processes share out batches and order stays.
+        dataset = grain.MapDataset.range(start_step, sys.maxsize).map(make).to_iter_dataset(read)
         if self._workers:
             _mark_flags_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
-        return iter(dataset)
+        return _Stream(iter(dataset), list(self._records.names), self.counts)
+
+
+class _Stream:
+    """Batches without what they carry along for the counts. Made of grain's iterator, which `close` ends."""
+
+    def __init__(self, batches: grain.DatasetIterator, names: list[str], counts: Counter[tuple[str, str]]):
+        self._batches, self._names, self._counts = batches, names, counts
+
+    def __iter__(self) -> "_Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        broken = batch.pop(_BROKEN)
+        for source, kind in zip(*np.nonzero(broken), strict=True):
+            self._counts[self._names[source], REASONS[kind]] += int(broken[source, kind])
+        return batch
+
+    def close(self) -> None:
+        self._batches.close()
+        if self._counts:
+            kinds = ", ".join(f"{source}: {n} {kind}" for (source, kind), n in sorted(self._counts.items()))
+            log.info("broken records replaced so far: %s", kinds)
+
+
+def _check_repeats(
+    sources: Mapping[str, Source], mixture: Mixture, repeats: Mapping[str, int], total_steps: int | None
+) -> None:
+    if unknown := sorted(set(repeats) - set(sources)):
+        raise ValueError(f"repeats name {unknown} but the sources are {sorted(sources)}")
+    if not repeats:
+        return
+    if total_steps is None:
+        raise ValueError("repeats need total_steps: whether a source runs out depends on the length of the run")
+    for (name, source), drawn in zip(sources.items(), mixture.draws_before(total_steps), strict=True):
+        if name not in repeats:
+            continue
+        allowed, n = repeats[name], len(source)
+        if allowed < 1:
+            raise ValueError(f"data.sources.{name}.repeat must be at least 1 (0 in a config: endless), got {allowed}")
+        if drawn > allowed * n:
+            raise ValueError(
+                f"data.sources.{name} runs out: {total_steps} steps draw {drawn} records, and repeat={allowed} times "
+                f"{n} records are {allowed * n}; set repeat to {-(-int(drawn) // n)} or more (0: endless), lower its "
+                "weight, or train for fewer steps"
+            )
 
 
 class _Records:
-    """Reads the record of (step, position); pickled to worker processes."""
+    """Reads the records of (step, position); pickled to worker processes."""
 
-    def __init__(self, sources, config: HostConfig, weights: Mapping[str, float], seed: int, batch_size: int):
-        self._sources = list(sources.values())
-        self._mixture = Mixture({name: weights[name] for name in sources}, seed)
-        self._seed, self._batch_size = seed, batch_size
+    def __init__(self, sources: Mapping[str, Source], config: HostConfig, mixture: Mixture, seed: int):
+        self.names, self._sources = list(sources), list(sources.values())
+        self._mixture, self._seed, self._size = mixture, seed, config.size
         self._reader = RecordReader(config, seed)
         self.offsets = np.cumsum([0] + [len(s) for s in self._sources])[:-1]
 
-    def of_step(self, step: int, positions: np.ndarray | None = None) -> tuple[int, np.ndarray]:
-        """(source, record in it for each position) of the global batch of `step`."""
-        positions = np.arange(self._batch_size) if positions is None else positions
-        source, earlier = self._mixture.draws_before(step)
-        draws = earlier * self._batch_size + positions
-        return source, record_index(int(hash_words(self._seed, source)), draws, len(self._sources[source]))
+    def of_step(self, step: int, positions: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(source, record in it), int64 each, at some positions of the global batch of `step`."""
+        sources, draws = (x[positions] for x in self._mixture.of_step(step))
+        index = np.empty_like(draws)
+        for s in np.unique(sources):
+            here = sources == s
+            index[here] = record_index(int(hash_words(self._seed, s)), draws[here], len(self._sources[s]))
+        return sources, index
 
-    def read(self, step: int, position: int) -> Batch:
-        source, indices = self.of_step(step, np.array([position]))
-        image, index = self._reader(self._sources[source], int(indices[0]), step, position)
-        return {"image": image, "index": np.int64(index + self.offsets[source])}
+    def batch(self, step: int, *, first: int, count: int) -> Batch:
+        """The batch of `count` positions from `first` on, and the broken records it met, by source and kind."""
+        sources, asked = self.of_step(step, slice(first, first + count))
+        images, index = np.empty((count, self._size, self._size, 3), np.uint8), np.empty(count, np.int64)
+        broken = np.zeros((len(self.names), len(REASONS)), np.int64)
+        for i, (source, record) in enumerate(zip(sources.tolist(), asked.tolist(), strict=True)):
+            images[i], index[i], met = self._reader.read(
+                self._sources[source], record, step, first + i, self.names[source]
+            )
+            for kind in met:
+                broken[source, REASONS.index(kind)] += 1
+        return {"image": images, "index": index + self.offsets[sources], _BROKEN: broken}
 
 
 def _mark_flags_parsed():

@@ -1,15 +1,36 @@
 import itertools
+import multiprocessing
+import os
+import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
+import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eupe_jax.data.host import HostConfig, TooManyBroken
 from eupe_jax.data.loader import Loader
-from eupe_jax.data.sources import ArraySource
+from eupe_jax.data.sources import ArraySource, Record
 
 CONFIG = HostConfig(size=16)
+MIX = {"a": 3.0, "b": 1.0}
+
+
+class Virtual:
+    """`length` records, each a grey picture made when it is asked for."""
+
+    def __init__(self, length):
+        self._length, self.digest = length, f"virtual{length}"
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        return Record(np.full((16, 16, 3), index % 256, np.uint8), f"virtual[{index}]")
 
 
 def take(loader, steps, start=0):
@@ -33,8 +54,8 @@ def two_sources(numbered):
     return {"big": numbered, "small": ArraySource(noise)}
 
 
-def loader(sources, **settings):
-    return Loader(sources, CONFIG, **{"batch_size": 8, "seed": 11, "threads": 2, **settings})
+def loader(sources, **arguments):
+    return Loader(sources, CONFIG, **{"batch_size": 8, "seed": 11, "threads": 2, **arguments})
 
 
 def test_batches_hold_what_they_say(numbered):
@@ -49,16 +70,63 @@ def test_batches_hold_what_they_say(numbered):
     assert not np.array_equal(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_any_number_of_hosts_makes_the_same_global_batch(two_sources, hosts):
-    weights = {"big": 0.7, "small": 0.3}
-    whole = take(loader(two_sources, weights=weights), 5, start=2)
+def test_the_order_stays_from_version_to_version():
+    """A run resumes with a newer version of this code: what it has seen must be what this code says it has seen."""
+    sources = {"a": Virtual(1000), "b": Virtual(33)}
+    ids = [loader(sources, weights=MIX, batch_size=4, seed=5).record_ids(s).tolist() for s in (0, 7, 123_456)]
+    assert ids == [[503, 21, 613, 688], [90, 435, 282, 139], [571, 223, 874, 912]]
+    mixed = loader(sources, weights=MIX, batch_size=4, seed=5, mixing="record")
+    ids = [mixed.record_ids(s).tolist() for s in (0, 7, 123_456)]
+    assert ids == [[503, 21, 613, 1006], [441, 1030, 611, 940], [282, 523, 857, 1003]]
+
+
+def global_batches(parts):
+    """Batches of all hosts, joined."""
+    return [{k: np.concatenate([p[k] for p in step]) for k in step[0]} for step in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("mixing", ["batch", "record"])
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_any_number_of_hosts_makes_the_same_global_batch(two_sources, hosts, mixing):
+    settings = {"weights": {"big": 0.7, "small": 0.3}, "mixing": mixing}
+    whole = take(loader(two_sources, **settings), 5, start=2)
     parts = [
-        take(loader(two_sources, weights=weights, process_index=i, process_count=hosts), 5, start=2)
-        for i in range(hosts)
+        take(loader(two_sources, **settings, process_index=i, process_count=hosts), 5, start=2) for i in range(hosts)
     ]
-    joined = [{k: np.concatenate([p[k] for p in step]) for k in step[0]} for step in zip(*parts, strict=True)]
-    assert_same(whole, joined)
+    assert_same(whole, global_batches(parts))
+
+
+class Files:
+    """Encoded images in memory."""
+
+    def __init__(self, data):
+        self._data, self.digest = data, "files"
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, index):
+        return Record(self._data[index], f"file{index}")
+
+
+def host_part(sources, mixing, steps, start, host, hosts):
+    """What one host of several makes, in a process of its own."""
+    one = loader(sources, weights=MIX, mixing=mixing, process_index=host, process_count=hosts)
+    return take(one, steps, start)
+
+
+def test_processes_make_the_same_global_batches_and_resume_on_another_number_of_hosts(photos, numbered):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for mixing in ("batch", "record"):
+            make = partial(host_part, {"a": photos, "b": numbered}, mixing)
+            two, four, later = (
+                global_batches(pool.starmap(make, [(steps, start, i, hosts) for i in range(hosts)], chunksize=1))
+                for steps, start, hosts in ((6, 0, 2), (6, 0, 4), (3, 3, 4))
+            )
+            one = make(6, 0, 0, 1)
+            assert_same(one, two)
+            assert_same(one, four)
+            assert_same(one[3:], later)
 
 
 @pytest.mark.parametrize("start", [1, 6, 13])
@@ -80,6 +148,73 @@ def test_steps_are_homogeneous_and_no_source_repeats_within_its_epoch(two_source
             assert len(np.unique(order[epoch * n : (epoch + 1) * n])) == n
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    batch_size=st.integers(1, 24),
+    mixing=st.sampled_from(["batch", "record"]),
+    seed=st.integers(0, 2**32),
+)
+def test_no_record_comes_twice_in_an_epoch(lengths, batch_size, mixing, seed):
+    """Epochs end inside batches, and batches hold several epochs of a small source: still each is a permutation."""
+    sources = {"a": Virtual(lengths[0]), "b": Virtual(lengths[1])}
+    mixed = loader(sources, weights=MIX, batch_size=batch_size, mixing=mixing, seed=seed)
+    ids = np.concatenate([mixed.record_ids(step) for step in range(2 + 200 // batch_size)])
+    for seen, n in ((ids[ids < lengths[0]], lengths[0]), (ids[ids >= lengths[0]] - lengths[0], lengths[1])):
+        for first in range(0, len(seen), n):
+            epoch = seen[first : first + n]
+            assert len(np.unique(epoch)) == len(epoch)
+
+
+def test_no_record_comes_twice_in_an_epoch_of_what_is_read(two_sources):
+    """The same, of the batches that come out; every picture of `big` tells its number."""
+    mixed = loader(two_sources, weights={"big": 0.6, "small": 0.4}, mixing="record")
+    batches = take(mixed, 14)
+    ids = np.concatenate([b["index"] for b in batches])
+    pictures = np.concatenate([b["image"] for b in batches])[ids < 40]
+    big, small = ids[ids < 40], ids[ids >= 40] - 40
+    assert len(big) > 60 and len(small) > 40
+    assert len(np.unique(big[:40])) == 40 and len(np.unique(small[:25])) == 25
+    colours = [two_sources["big"][i].data[0, 0] for i in big]
+    np.testing.assert_array_equal(pictures[:, 3, 3], colours)
+
+
+@pytest.mark.parametrize("mixing", ["batch", "record"])
+def test_a_source_that_runs_out_is_refused_at_once(mixing):
+    sources = {"a": Virtual(1000), "b": Virtual(50)}
+    run = {"weights": MIX, "mixing": mixing, "total_steps": 100}
+    drawn = sum(np.count_nonzero(loader(sources, **run).record_ids(step) >= 1000) for step in range(100))
+    needed = -(-drawn // 50)
+    assert needed > 1
+    loader(sources, **run, repeats={"b": needed})
+    with pytest.raises(ValueError, match=f"(?s)data.sources.b runs out: 100 steps draw {drawn} .* repeat to {needed} "):
+        loader(sources, **run, repeats={"b": needed - 1})
+    for repeats, steps, words in (({"b": 1}, None, "total_steps"), ({"c": 1}, 9, "'c'"), ({"a": -1}, 9, "at least 1")):
+        with pytest.raises(ValueError, match=words):
+            loader(sources, weights=MIX, repeats=repeats, total_steps=steps)
+
+
+def test_a_corpus_of_full_size_starts_at_once():
+    began = time.process_time()
+    corpus = loader({"lvd": Virtual(1_700_000_000), "imagenet": Virtual(1_281_167)}, batch_size=64, threads=2)
+    (batch,) = take(corpus, 1, start=390_000)
+    assert time.process_time() - began < 5 and batch["image"].shape == (64, 16, 16, 3)
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_an_error_and_no_hang(numbered):
+    batches = loader(numbered, workers=2).batches()
+    next(batches)
+    victims = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    assert len(victims) >= 2
+    os.kill(victims[-1].pid, signal.SIGKILL)
+    began = time.time()
+    with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
+        while time.time() - began < 60:
+            next(batches)
+    batches.close()
+
+
 def test_seeds_change_order_and_crops(photos):
     a, b = (take(Loader(photos, CONFIG, batch_size=4, seed=s, threads=2), 3) for s in (0, 1))
     assert any(not np.array_equal(x["index"], y["index"]) for x, y in zip(a, b, strict=True))
@@ -87,10 +222,6 @@ def test_seeds_change_order_and_crops(photos):
     first = {int(i): x for batch in a[:2] for i, x in zip(batch["index"], batch["image"], strict=True)}
     again = dict(zip(map(int, a[2]["index"]), a[2]["image"], strict=True))
     assert all(not np.array_equal(first[i], again[i]) for i in again)
-
-
-def test_worker_processes_give_the_same_batches(numbered):
-    assert_same(take(loader(numbered), 5, start=3), take(loader(numbered, workers=2), 5, start=3))
 
 
 def test_far_steps_cost_no_memory_or_time(two_sources):
@@ -105,6 +236,34 @@ def test_broken_data_stops_the_consumer():
     with pytest.raises(TooManyBroken, match=r"(?s)\.jpg: .*5x4 and mode 'none'"):
         next(batches)
     batches.close()
+
+
+@pytest.fixture
+def odd(numbered, encode):
+    """Loader over six files, three of them broken, and `numbered`."""
+    fine = encode(np.zeros((20, 20, 3), np.uint8), "JPEG")
+    sources = {"files": Files([fine, b"", fine, fine[:-9], b"<html>", fine]), "numbered": numbered}
+    config = HostConfig(size=16, max_broken_fraction=1.0)
+    return partial(Loader, sources, config, weights=dict.fromkeys(sources, 1), mixing="record", batch_size=8, seed=3)
+
+
+def test_broken_records_are_counted_by_source_and_kind(odd):
+    """Of the batches handed out, not of those made ahead."""
+    counted = odd(threads=2)
+    asked = np.concatenate([counted.record_ids(step) for step in range(6)])
+    batches = take(counted, 6)
+    assert all(set(batch) == {"image", "index"} for batch in batches)
+    shown = np.concatenate([batch["index"] for batch in batches])
+    replaced = np.isin(asked, (1, 3, 4))
+    assert np.all(shown[~replaced] == asked[~replaced]) and not np.isin(shown, (1, 3, 4)).any()
+    assert set(counted.counts) == {("files", kind) for kind in ("empty", "truncated", "unidentified")}
+    assert counted.counts.total() >= replaced.sum() > 6  # a stand-in may be broken as well
+
+
+def test_worker_processes_give_the_same_batches_and_counts(odd):
+    here, there = odd(), odd(workers=2, threads=2)
+    assert_same(take(here, 5, start=3), take(there, 5, start=3))
+    assert here.counts == there.counts and here.counts
 
 
 def test_closing_stops_the_threads(numbered):

@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eupe_jax.data.mixture import Mixture
 from eupe_jax.data.order import hash_words, permute, record_index
 
 
@@ -54,25 +53,3 @@ def test_small_permutations_are_evenly_likely():
 def test_bad_indices(index, length):
     with pytest.raises(ValueError):
         permute(np.array(index), length, 0)
-
-
-def test_mixture_frequencies_and_independence_of_seed():
-    mixture = Mixture({"lvd": 0.9, "imagenet": 0.1, "off": 0.0}, seed=0)
-    choice = mixture.choice(np.arange(50_000))
-    share = np.bincount(choice, minlength=3) / 50_000
-    assert abs(share[1] - 0.1) < 5 * np.sqrt(0.09 / 50_000) and share[2] == 0
-    other = Mixture({"lvd": 0.9, "imagenet": 0.1, "off": 0.0}, seed=1).choice(np.arange(50_000))
-    assert abs(np.mean((choice == 1) & (other == 1)) - 0.01) < 0.003
-
-
-@pytest.mark.parametrize("step", [0, 1, 17, 65_535, 65_536, 140_001])
-def test_draws_before_counts_earlier_steps(step):
-    mixture = Mixture({"a": 3, "b": 1}, seed=4)
-    choice = mixture.choice(np.arange(step + 1))
-    assert mixture.draws_before(step) == (choice[-1], np.count_nonzero(choice[:-1] == choice[-1]))
-
-
-@pytest.mark.parametrize("weights", [{}, {"a": -1.0}, {"a": 0.0}, {"a": float("nan")}])
-def test_bad_weights(weights):
-    with pytest.raises(ValueError, match="weights"):
-        Mixture(weights, 0)
