@@ -1,7 +1,7 @@
 """Crop boxes, and the one resize of the host: antialiased bicubic, torchvision's and Pillow's filter, in SIMD.
 
-cykooz_resizer computes in fixed point like Pillow, with the same result on every instruction set. It resizes rows before
-columns where Pillow does columns first: equal to one grey level to Pillow asked for both passes one by one, and 0.2 on
+cykooz_resizer computes in fixed point like Pillow, with the same result on every instruction set. It goes over rows
+before columns, Pillow the other way: equal to one grey level to Pillow asked for both passes one by one, and 0.2 on
 average (more at sharp corners, where the first pass clips) to Pillow's own order.
 """
 
