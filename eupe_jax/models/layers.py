@@ -1,5 +1,6 @@
 """Building blocks shared by the encoders. Normalisation, softmax and residuals are float32; matmuls are in `dtype`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from eupe_jax.models.rope import apply_rope
+from eupe_jax.models.fused_attention import FusedAttention, permute_columns
+from eupe_jax.models.rope import HALVES, Rotation
 
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-RotateFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | FusedAttention
 
 # The published init truncates at +-2, a hundred standard deviations: a plain normal.
 dense_init = nn.initializers.normal(0.02)
@@ -95,16 +96,17 @@ class QKV(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, permute: Callable[[jax.Array], jax.Array] = lambda columns: columns) -> jax.Array:
+        """`permute` puts the output's columns into another order; the parameters keep theirs."""
         dim = x.shape[-1]
         kernel = self.param("kernel", dense_init, (dim, 3 * dim))
-        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        out = x.astype(self.dtype) @ permute(kernel.astype(self.dtype))
         if not self.use_bias:
             return out
         bias = self.param("bias", nn.initializers.zeros, (3 * dim,))
         if self.mask_k_bias:
             bias = bias * k_bias_mask(dim)
-        return out + bias.astype(self.dtype)
+        return out + permute(bias.astype(self.dtype))
 
 
 def k_bias_mask(dim: int) -> jax.Array:
@@ -124,10 +126,10 @@ def plain_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.A
 
 
 class Attention(nn.Module):
-    """Self-attention. `attention_fn` replaces `plain_attention`.
+    """Self-attention. `attention_fn` replaces `plain_attention`; a `FusedAttention` rotates too.
 
-    `rotate(x, *rope)` gives queries and keys their positions, on as many trailing tokens as the tables of `rope` have;
-    None leaves them as they are.
+    `rotation` gives queries and keys their positions, on as many trailing tokens as the tables of `rope` have; None
+    leaves them as they are.
     """
 
     num_heads: int
@@ -136,19 +138,32 @@ class Attention(nn.Module):
     proj_bias: bool = True
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
-    rotate: RotateFn | None = apply_rope
+    rotation: Rotation | None = HALVES
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
-        batch, tokens, dim = x_BxTxD.shape
-        qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")(x_BxTxD)
-        qkv = checkpoint_name(qkv, "qkv").reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.rotate is not None:
-            q, k = self.rotate(q, *rope), self.rotate(k, *rope)
-        out = (self.attention_fn or plain_attention)(q, k, v).reshape(batch, tokens, dim)
-        out = checkpoint_name(out, "attention")
+        dim = x_BxTxD.shape[-1]
+        qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")
+        attend = self._fused if isinstance(self.attention_fn, FusedAttention) else self._by_heads
+        out = checkpoint_name(attend(qkv, x_BxTxD, *rope), "attention")
         return nn.Dense(dim, use_bias=self.proj_bias, dtype=self.dtype, kernel_init=dense_init, name="proj")(out)
+
+    def _by_heads(self, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
+        batch, tokens, dim = x_BxTxD.shape
+        projected = checkpoint_name(qkv(x_BxTxD), "qkv")
+        projected = projected.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
+        if self.rotation is not None:
+            q, k = self.rotation.turn(q, *rope), self.rotation.turn(k, *rope)
+        return (self.attention_fn or plain_attention)(q, k, v).reshape(batch, tokens, dim)
+
+    def _fused(self, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
+        rotation = self.rotation or HALVES
+        none = (jnp.zeros((0, x_BxTxD.shape[-1] // self.num_heads)),) * 2  # tables of no token
+        permute = functools.partial(permute_columns, num_heads=self.num_heads, interleaved=rotation.interleaved)
+        projected = checkpoint_name(qkv(x_BxTxD, permute), "qkv")
+        tables = rotation.half_tables(*(rope if self.rotation is not None else none))
+        return self.attention_fn(projected, *tables, self.num_heads)
 
 
 class Mlp(nn.Module):

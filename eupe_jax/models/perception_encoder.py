@@ -16,6 +16,7 @@ import numpy as np
 from eupe_jax.models.attention_pool import AttentionPool
 from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
 from eupe_jax.models.resize import resize_positions
+from eupe_jax.models.rope import Rotation
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import BLOCK_ROWS, Block, attention_rows, mlp_rows, norm_rows
 
@@ -50,6 +51,9 @@ def rotate_interleaved(x_BxTxHxD: jax.Array, sin_NxD: jax.Array, cos_NxD: jax.Ar
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
     x = x * cos_NxD[None, :, None] + turned * sin_NxD[None, :, None]
     return jnp.concatenate([prefix, x.astype(prefix.dtype)], axis=1)
+
+
+NEIGHBOURS = Rotation(rotate_interleaved, interleaved=True)
 
 
 class PerceptionEncoder(nn.Module):
@@ -129,7 +133,7 @@ class PerceptionEncoder(nn.Module):
             mlp_dim=self.mlp_dim,
             layerscale_init=self.layerscale_init,
             norm_eps=self.norm_eps,
-            rotate=rotate_interleaved,
+            rotation=NEIGHBOURS,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             collect=bool(layers),

@@ -5,6 +5,8 @@ the width angles, and the other half repeats them ("half split" rotation). All o
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,3 +103,21 @@ def apply_rope(x_BxTxHxD: jax.Array, sin_NxD: jax.Array, cos_NxD: jax.Array) -> 
     rotated = jnp.concatenate([-second, first], axis=-1)
     x = x * cos_NxD[None, :, None] + rotated * sin_NxD[None, :, None]
     return jnp.concatenate([prefix, x.astype(prefix.dtype)], axis=1)
+
+
+class Rotation(NamedTuple):
+    """How queries and keys are turned: `turn(x [B, T, heads, width], sin [N, width], cos)` on the last N tokens.
+
+    interleaved: it pairs neighbouring channels (2i, 2i + 1), else channels half a head apart (i, i + width / 2).
+    """
+
+    turn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    interleaved: bool
+
+    def half_tables(self, sin_NxD: jax.Array, cos_NxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One angle a pair: [N, width / 2] each."""
+        pick = (slice(None), slice(0, None, 2)) if self.interleaved else (slice(None), slice(0, sin_NxD.shape[1] // 2))
+        return sin_NxD[pick], cos_NxD[pick]
+
+
+HALVES = Rotation(apply_rope, interleaved=False)

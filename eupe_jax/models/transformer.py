@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eupe_jax.models.layers import Attention, AttentionFn, LayerNorm, Mlp, RotateFn, Scale
+from eupe_jax.models.layers import Attention, AttentionFn, LayerNorm, Mlp, Scale
+from eupe_jax.models.rope import Rotation
 from eupe_jax.models.spec import Tensor
 
 
@@ -17,7 +18,7 @@ class Block(nn.Module):
     mlp_dim: int
     layerscale_init: float | None = None
     norm_eps: float = 1e-5
-    rotate: RotateFn | None = None
+    rotation: Rotation | None = None
     approximate_gelu: bool = False
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
@@ -30,8 +31,8 @@ class Block(nn.Module):
 
         stream = x.dtype
         attn = Attention(
-            self.num_heads, mask_k_bias=False, dtype=self.dtype, attention_fn=self.attention_fn, rotate=self.rotate,
-            name="attn",
+            self.num_heads, mask_k_bias=False, dtype=self.dtype, attention_fn=self.attention_fn,
+            rotation=self.rotation, name="attn",
         )
         mlp = Mlp(self.mlp_dim, dtype=self.dtype, approximate_gelu=self.approximate_gelu, name="mlp")
         y = attn(LayerNorm(self.norm_eps, self.dtype, name="norm1")(x), *rope)
