@@ -6,7 +6,9 @@ import numpy as np
 
 from eupe_jax.data.sources import storage
 from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, digest_of, in_range, is_image
+from eupe_jax.data.sources.bucket_listing import list_bucket
 from eupe_jax.data.sources.index_cache import IndexCache, Tables
+from eupe_jax.data.sources.storage import list_files
 from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
 
 
@@ -15,14 +17,16 @@ class ImageFolder:
 
     path: a folder (searched recursively, links followed) or one .tar file, local or in a bucket. Hidden files and other
       suffixes are passed over. Only names, offsets and sizes are kept in memory.
-    index_dir: a folder to keep what was found inside tar files, so that they are scanned once.
+    index_dir: a folder to keep what was found inside tar files, so that they are scanned once; by default only the
+      listing of a bucket is kept, in $XDG_CACHE_HOME/eupe_jax/listings. relist: list a bucket again, for new objects.
     Raises FileNotFoundError when there is no such path, and ValueError when it holds no image. What a file holds is
     found out when it is read.
     """
 
-    def __init__(self, path: str | os.PathLike, index_dir: str | None = None):
+    def __init__(self, path: str | os.PathLike, index_dir: str | None = None, relist: bool = False):
         self.path = os.fspath(path)
-        files = [f for f in storage.list_files(self.path) if is_image(f.path) or is_tar(f.path)]
+        found = list_bucket(self.path, index_dir, relist) if storage.is_remote(self.path) else list_files(self.path)
+        files = [f for f in found if is_image(f.path) or is_tar(f.path)]
         cache = IndexCache(tar_images, "tar images", index_dir)
         tars = cache.indices([f for f in files if is_tar(f.path)])
         self._tars, self._reader = Tables(cache, tars), storage.RangeReader()

@@ -77,6 +77,11 @@ class IndexCache:
             raise RecordError(index.file.path, "holds other records than when the source was opened; start again")
         return table
 
+    def forget(self, file: File) -> None:
+        """Makes the table of `file` be built again."""
+        if self.folder is not None:
+            self._path(file).unlink(missing_ok=True)
+
     def _index(self, file: File) -> Index:
         header = self._checked(file, lambda path: _read_header(path, file, self.kind)[0])
         if header is not None:

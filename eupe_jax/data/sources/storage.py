@@ -6,6 +6,7 @@ credentials are fsspec's own (environment variables FSSPEC_GS_TOKEN, STORAGE_EMU
 
 import glob
 import itertools
+import logging
 import os
 import re
 import threading
@@ -83,7 +84,7 @@ def stat(path: str) -> File:
     """Size and version of one file. Raises RecordError (of a bucket) or OSError where there is none."""
     with explained(path):
         if is_remote(path):
-            return _remote_file(path, _filesystem(path).info(path))
+            return _remote_file(path, _fresh_filesystem(path).info(path))
         return _local_file(path)
 
 
@@ -92,7 +93,7 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
     with explained(path):
-        return _filesystem(path).isfile(path)
+        return _fresh_filesystem(path).isfile(path)
 
 
 def _local_file(path: str) -> File:
@@ -123,14 +124,25 @@ def walk(path: str) -> list[str]:
 
 
 def _filesystem(path: str):
-    # Looked up each time (fsspec keeps instances, and makes new ones in a forked process).
+    """fsspec's file system of a path: looked up each time, since it keeps one a process."""
+    # gcsfs would ask for the kind of the bucket before every read where it lacks the right to know; plain reads of byte
+    # ranges need none of it. What it logs as errors it raises as well.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     import fsspec
 
     return fsspec.core.url_to_fs(path)[0]
 
 
-def _find_remote(path: str) -> list[File]:
+def _fresh_filesystem(path: str):
+    """The same, with no listing remembered."""
     fs = _filesystem(path)
+    fs.invalidate_cache()
+    return fs
+
+
+def _find_remote(path: str) -> list[File]:
+    fs = _fresh_filesystem(path)
     found = fs.glob(path, detail=True) if glob.has_magic(path) else fs.find(path, detail=True)
     scheme = path.split("://")[0]
     files = [
