@@ -5,7 +5,6 @@ same recipe gives the same bytes.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
-from PIL import Image
 from safetensors.numpy import save
 from tqdm import tqdm
 
+from eupe_jax.data.decode import naming, open_picture
 from eupe_jax.data.feature_cache import FORMAT, MANIFEST, PROGRESS, FeatureCache, read_manifest
 from eupe_jax.data.feature_codec import PRECISIONS, encode_features, pack_arrays
 from eupe_jax.data.host import BrokenRecord, HostConfig, RecordReader, make_image, random_crop_box, random_generator
@@ -33,7 +32,6 @@ Forward = Callable[[int, np.ndarray, int], tuple[np.ndarray, np.ndarray, Feature
 
 # One record a chunk, so that random access reads no other; features and pixels hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_EXIF_ORIENTATION = 0x0112
 
 
 def build_feature_cache(
@@ -244,10 +242,11 @@ class _ViewReader:
         for each in broken:
             with suppress(BrokenRecord):
                 make_image(each, self._config, generator)
-        width, height = _upright_size(record)
-        box = (0.0, 0.0, width, height)
+        with naming(record):
+            picture = open_picture(record.data, self._config.max_pixels)
+        box = (0, 0, picture.width, picture.height)
         if self._config.mode == "crop":
-            box = random_crop_box(width, height, self._config.scale, self._config.ratio, generator)
+            box = random_crop_box(*box[2:], self._config.scale, self._config.ratio, generator)
         return np.asarray(box, np.float32)
 
 
@@ -263,11 +262,3 @@ class _Seen:
     def __getitem__(self, index: int) -> Record:
         self.records.append(self._source[index])
         return self.records[-1]
-
-
-def _upright_size(record: Record) -> tuple[int, int]:
-    if isinstance(record.data, np.ndarray):
-        return record.data.shape[1], record.data.shape[0]
-    with Image.open(io.BytesIO(record.data)) as image:
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
