@@ -15,7 +15,7 @@ rounds of both processor times of the same round, so that a busy machine disturb
 
 `ratio_full` (blur as it fires) and `ratio_equal_work` are those of the slower set. `device_augment_fraction`: time of
 the jitted augmentation over that of a ViT-T stage-2 step without it, on this machine's devices. The step is the
-student's alone (forward, backward, adapters, AdamW; the proxy's features are given), so with a teacher in it the fraction
+student's alone (forward, backward, adapters, AdamW; the proxy's features are given): with a teacher in it, the fraction
 is smaller. The table at the end says what one host of a pod must deliver at the step time --step_ms.
 """
 
