@@ -1,12 +1,21 @@
 """What the converters' command lines share."""
 
 import argparse
+import sys
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A wrong flag gives one line, like every other bad input."""
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser from a script's docstring (description, example, details) with the flags that name an encoder."""
     description, example, details = doc.strip().split("\n\n")
-    made = argparse.ArgumentParser(
+    made = _Parser(
         description=description,
         epilog=f"example:\n{example}\n\n{details}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,6 +15,7 @@ from eupe_jax.training.checkpoints import LoadedEncoder
 
 FLAX_VS_TORCH = 1e-4
 TORCH_VS_PTE = 1e-3
+INT8_COSINE = {"cls": 0.999, "patches": 0.995}  # least mean cosine of int8 features with float ones
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # shipped inside scikit-image
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -72,15 +73,17 @@ def flax_features(encoder: LoadedEncoder, pixels_NxHxWx3: np.ndarray) -> dict[st
 
 
 def torch_features(module: nn.Module, pixels_NxHxWx3: np.ndarray) -> dict[str, np.ndarray]:
-    """Features of the same normalised images from the PyTorch module."""
+    """Features of the same normalised images from the PyTorch module, in batches of four."""
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_NxHxWx3.transpose(0, 3, 1, 2)))
     with torch.inference_mode():
-        features = module(torch.from_numpy(np.ascontiguousarray(pixels_NxHxWx3.transpose(0, 3, 1, 2))))
-    return {name: value.numpy() for name, value in features.items()}
+        batches = [module(batch) for batch in pixels.split(4)]
+    return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0]}
 
 
 def compare(reference: Features, candidate: Features) -> Report:
-    """Per kind of token: `max_abs`, the largest difference with the reference scaled to unit standard deviation, and
-    `cosine`, the smallest cosine between two corresponding tokens. Kinds with no tokens are left out."""
+    """Per kind of token: `max_abs`, the largest difference with the reference scaled to unit standard deviation; of the
+    cosines between corresponding tokens the smallest, `cosine`, and the mean, `mean_cosine`. Kinds with no tokens are
+    left out."""
     report = {}
     for name, expected in reference.items():
         if not expected.size:
@@ -93,6 +96,7 @@ def compare(reference: Features, candidate: Features) -> Report:
         with np.errstate(divide="ignore", invalid="ignore"):
             cosine = (a * b).sum(-1) / norms
             report[name] = {"max_abs": float(np.abs(a - b).max() / a.std()), "cosine": float(cosine.min())}
+            report[name]["mean_cosine"] = float(cosine.mean())
     return report
 
 
@@ -101,3 +105,14 @@ def require(report: Report, tolerance: float, what: str) -> None:
     bad = [f"{name} {r['max_abs']:.3g}" for name, r in report.items() if not r["max_abs"] <= tolerance]
     if bad or not report:
         raise GateError(f"{what} disagree: max abs difference {', '.join(bad)}, allowed {tolerance:g}; nothing written")
+
+
+def require_cosine(report: Report, what: str) -> None:
+    """Raises GateError unless the mean cosines of class and patch tokens reach INT8_COSINE; a NaN never does."""
+    bad = [
+        f"{name} {report[name]['mean_cosine']:.4f} (at least {least:g} is asked for)"
+        for name, least in INT8_COSINE.items()
+        if name in report and not report[name]["mean_cosine"] >= least
+    ]
+    if bad or not report:
+        raise GateError(f"{what} disagree: mean cosine of {', '.join(bad)}; nothing written")

@@ -1,16 +1,18 @@
 """From a checkpoint to an ExecuTorch program (.pte) for mobile CPUs.
 
-  python convert/to_executorch.py --checkpoint runs/stage3 --out eupe_vitt16.pte
+  python convert/to_executorch.py --checkpoint runs/stage3 --out eupe_vitt16.pte --resolution 256,384,512
 
-Before anything is written, real images must give the same features in Flax and PyTorch (1e-4) and in PyTorch and the
-finished program run by the ExecuTorch runtime (1e-3). NAME.json beside NAME.pte says how to feed the program.
+Before anything is written, at every size real images must give the same features in Flax and PyTorch (1e-4) and in
+PyTorch and the finished program run by the ExecuTorch runtime (fp32: 1e-3; int8: mean cosine of class tokens 0.999, of
+patches 0.995), and the XNNPACK delegate must take 99% of the FLOPs. The program has a method for every size, encode_256
+or encode_256x320; where there is one size only, it is called forward, too. How to feed it stands in NAME.json beside
+NAME.pte and in constant methods inside it (docs/mobile.md).
 """
 
 import json
-import logging
 import sys
 import time
-import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,21 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-for _name in ("torchao", "torch.utils._pytree"):  # their import-time notices say nothing about this export
-    logging.getLogger(_name).setLevel(logging.ERROR)
+from convert import cli, contract, delegation, gates, lowering, to_torch, weights
+from convert.contract import Size
+from convert.export_modules import for_export
+from eupe_jax.evals.pte import PteProgram, set_threads
+from eupe_jax.training.checkpoints import LoadedEncoder
 
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: E402
-from executorch.exir import to_edge_transform_and_lower  # noqa: E402
-from executorch.extension.pybindings import portable_lib  # noqa: E402
-from executorch.runtime import Runtime  # noqa: E402
-
-from convert import cli, delegation, gates, to_torch, weights  # noqa: E402
-from convert.export_modules import for_export  # noqa: E402
-from eupe_jax.training.checkpoints import LoadedEncoder  # noqa: E402
-
-BACKENDS = ("xnnpack", "portable")
-METHOD = "forward"
-Size = int | tuple[int, int]
+PRECISIONS = ("fp32", "int8")
+IMAGES = {"fp32": 4, "int8": 16}  # of the gate: differences in precision show on any image, those of int8 vary
 
 
 @dataclass(frozen=True)
@@ -44,97 +39,142 @@ class ExportResult:
     report: dict[str, Any]
 
 
-def export(encoder: LoadedEncoder, resolution: Size | None = None, backend: str = "xnnpack") -> ExportResult:
-    """Lowers an encoder for one image of a fixed size; ungated (see `gate` and `convert`).
+def export(
+    encoder: LoadedEncoder,
+    resolution: Size | list[Size] | None = None,
+    backend: str = "xnnpack",
+    precision: str = "fp32",
+    *,
+    outputs: Sequence[str] | None = None,
+    uint8_input: bool = False,
+    float_layers: Collection[str] = (),
+) -> ExportResult:
+    """Lowers an encoder for one image at a time of fixed sizes; ungated (see `gate` and `convert`).
 
     Args:
-      resolution: side, or (height, width), in pixels; default the encoder's own.
+      resolution: side, or (height, width), in pixels, or a list of such for a method each; default the encoder's own.
       backend: "xnnpack", or "portable" (reference kernels only: slow, runs anywhere).
+      precision: "fp32", or "int8" for the linear layers.
+      outputs: which of "cls", "storage", "patches" methods return; default all that the encoder has.
+      uint8_input: methods take RGB of 0 to 255, normalisation is done by the program.
+      float_layers: linear layers that int8 leaves alone (quantize.choose_float_layers).
 
     Raises:
-      ValueError: unknown backend, an encoder that does not convert, or a size that is no multiple of its patches.
+      ValueError: unknown backend or precision, an encoder that does not convert, outputs it does not have, a size that
+        is no multiple of its patches, or one given twice.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-    height, width = _sides(encoder, resolution)
-    network = for_export(weights.to_module(encoder), height, width)
-    image = torch.zeros(1, 3, height, width)
+    _check(backend, precision)
+    sizes = _sizes(encoder, resolution)
     start = time.perf_counter()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.export.export(network, (image,))
-        partitioners = [XnnpackPartitioner()] if backend == "xnnpack" else []
-        edge = to_edge_transform_and_lower({METHOD: program}, partitioner=partitioners)
-        lowered = delegation.summary(edge, METHOD)
-        pte = edge.to_executorch().buffer
-    shapes = [list(output.shape) for output in network(image)]
-    method = {
-        "input": {"dtype": "float32", "shape": [1, 3, height, width]},
-        "outputs": [{"name": n, "shape": s} for n, s in zip(network.outputs, shapes, strict=True)],
-        "delegation": lowered,
-    }
-    report = weights.describe(encoder) | {
-        "format": "eupe_jax.pte/1",
-        "resolution": [height, width],
-        "backend": backend,
-        "methods": {METHOD: method},
-        "export_seconds": round(time.perf_counter() - start, 1),
-    }
-    return ExportResult(bytes(pte), report)
+    module = weights.to_module(encoder)
+    networks, methods = {}, {}
+    for name, (height, width) in sizes.items():
+        network = _network(encoder, module, height, width, outputs, uint8_input)
+        image = torch.zeros(1, 3, height, width, dtype=torch.uint8 if uint8_input else torch.float32)
+        with torch.no_grad():
+            shapes = [list(output.shape) for output in network(image)]
+        methods[name] = {
+            "input": {"dtype": "uint8" if uint8_input else "float32", "shape": [1, 3, height, width]},
+            "outputs": [{"name": n, "shape": s} for n, s in zip(network.outputs, shapes, strict=True)],
+        }
+        networks[name] = (_quantize(network, float_layers) if precision == "int8" else network, (image,))
+    report = contract.describe(encoder, backend, precision, uint8_input)
+    report["resolution"] = list(next(iter(sizes.values())))
+    report["outputs"] = [output["name"] for output in next(iter(methods.values()))["outputs"]]
+    alias = "forward" if len(sizes) == 1 else None
+    lowered = lowering.lower(networks, backend, contract.constants(report, sizes), alias)
+    for name, method in methods.items():
+        method |= {"planned_bytes": lowered.planned_bytes[name], "delegation": lowered.delegation[name]}
+    report |= {"methods": methods, "pte_bytes": len(lowered.pte)}
+    if precision == "int8":
+        report["float_layers"] = sorted(float_layers)
+    report["export_seconds"] = round(time.perf_counter() - start, 1)
+    return ExportResult(lowered.pte, report)
 
 
-def _sides(encoder: LoadedEncoder, resolution: Size | None) -> tuple[int, int]:
-    size = resolution or encoder.resolution
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+def _check(backend: str, precision: str) -> None:
+    if backend not in lowering.BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(lowering.BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
+    if precision == "int8" and backend == "portable":
+        raise ValueError("precision 'int8' needs the backend 'xnnpack'")
 
 
-class PteRunner:
-    """A program in the ExecuTorch runtime. Holds on to the bytes: the runtime reads weights from them while it runs."""
-
-    def __init__(self, pte: bytes, method: str = METHOD):
-        self._pte = pte
-        self._program = Runtime.get().load_program(pte)
-        self._method = self._program.load_method(method)
-
-    def __call__(self, image_1x3xHxW: torch.Tensor) -> list[torch.Tensor]:
-        # The runtime reuses its output memory.
-        return [output.clone() for output in self._method.execute((image_1x3xHxW,))]
+def _sizes(encoder: LoadedEncoder, resolution: Size | list[Size] | None) -> dict[str, tuple[int, int]]:
+    """{method: (height, width)}; a tuple is one size, a list is several."""
+    chosen = resolution if isinstance(resolution, list) else [resolution or encoder.resolution]
+    sizes = [contract.sides(size) for size in chosen]
+    contract.require_distinct(sizes)
+    return {contract.method_name(*size): size for size in sizes}
 
 
-def run_pte(pte: bytes, pixels_NxHxWx3: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-    """Features of normalised images from a program of this file, one image at a time.
+def _network(encoder, module, height, width, outputs, uint8_input):
+    return for_export(
+        module, height, width, outputs=outputs, uint8_input=uint8_input, mean=encoder.mean, std=encoder.std
+    )
+
+
+def _quantize(network, float_layers):
+    from convert import quantize  # torchao takes seconds to import
+
+    return quantize.quantize(network, float_layers)
+
+
+def choose_float_layers(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray) -> dict[str, Any]:
+    """The linear layers that int8 has to leave alone, measured on uint8 images (quantize.choose_float_layers)."""
+    from convert import quantize
+
+    network = for_export(weights.to_module(encoder), *images_NxHxWx3.shape[1:3])
+    pixels = gates.normalise(encoder, images_NxHxWx3).transpose(0, 3, 1, 2)
+    return quantize.choose_float_layers(network, torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def gate(
+    encoder: LoadedEncoder, pte: bytes, images_NxHxWx3: np.ndarray, *, allow_inaccurate: bool = False
+) -> dict[str, Any]:
+    """Flax against PyTorch, then PyTorch against the program in the runtime, on uint8 images of one of its sizes.
+
+    The program is fed by its own contract, which so is checked as well. int8 programs get a report of their own.
 
     Args:
-      names: of the outputs; default those written here: cls, [storage,] patches.
-    """
-    run = PteRunner(pte)
-    batches = [run(torch.from_numpy(x[None].transpose(0, 3, 1, 2).copy())) for x in pixels_NxHxWx3]
-    names = names or (("cls", "storage", "patches") if len(batches[0]) == 3 else ("cls", "patches"))
-    return {n: torch.cat(parts).numpy() for n, parts in zip(names, zip(*batches, strict=True), strict=True)}
-
-
-def gate(encoder: LoadedEncoder, pte: bytes, images_NxHxWx3: np.ndarray) -> dict[str, gates.Report]:
-    """Flax against PyTorch, then PyTorch against the program in the runtime, on uint8 images of the program's size.
+      allow_inaccurate: an int8 program is only reported on, never refused.
 
     Raises:
-      GateError: either pair differs by more than is allowed (1e-4, 1e-3) on features of unit standard deviation.
+      GateError: a pair differs by more than the tolerances in `gates`.
+      ValueError: the program has no method for this size.
     """
-    module = weights.to_module(encoder)
-    first = to_torch.gate(encoder, module, images_NxHxWx3)
-    pixels = gates.normalise(encoder, images_NxHxWx3)
-    second = gates.compare(gates.torch_features(module, pixels), run_pte(pte, pixels))
-    gates.require(second, gates.TORCH_VS_PTE, "PyTorch and the .pte")
-    return {"flax_vs_torch": first, "torch_vs_pte": second}
+    module, program = weights.to_module(encoder), PteProgram(pte)
+    first = to_torch.gate(encoder, module, images_NxHxWx3[: IMAGES["fp32"]])
+    reference = gates.torch_features(module, gates.normalise(encoder, images_NxHxWx3))
+    reference = {name: reference[name] for name in program.outputs}
+    found = program(images_NxHxWx3)
+    second = gates.compare(reference, found)
+    report: dict[str, Any] = {"flax_vs_torch": first, "torch_vs_pte": second}
+    if program.contract["precision"] != "int8":
+        gates.require(second, gates.TORCH_VS_PTE, "PyTorch and the .pte")
+        return report
+    if not allow_inaccurate:
+        try:
+            gates.require_cosine(second, "PyTorch in float and the int8 .pte")
+        except gates.GateError as e:
+            raise gates.GateError(f"{e}; --allow_inaccurate writes it all the same") from None
+    if len(images_NxHxWx3) > 1:
+        from convert import quantize
+
+        report["int8"] = quantize.int8_report(reference, found)
+    return report
 
 
 def latency(pte: bytes, size: tuple[int, int], threads: int = 1, runs: int = 20) -> dict[str, Any]:
     """Median milliseconds a run on this machine, after one warm-up run; stops early after half a minute."""
-    portable_lib._unsafe_reset_threadpool(threads)
-    run, image, times = PteRunner(pte), torch.zeros(1, 3, *size), []
-    run(image)
+    set_threads(threads)
+    program, times = PteProgram(pte), []
+    method, image = program.method(size), program.prepare(np.zeros((*size, 3), np.uint8))
+    program.execute(method, image)
     while len(times) < runs and (not times or sum(times) < 30):
         start = time.perf_counter()
-        run(image)
+        program.execute(method, image)
         times.append(time.perf_counter() - start)
     return {"median_ms": round(1e3 * median(times), 2), "runs": len(times), "threads": threads}
 
@@ -142,67 +182,123 @@ def latency(pte: bytes, size: tuple[int, int], threads: int = 1, runs: int = 20)
 def convert(
     encoder: LoadedEncoder,
     out: str | Path,
-    resolution: Size | None = None,
+    resolution: Size | list[Size] | None = None,
     backend: str = "xnnpack",
     images: str | Path | None = None,
     threads: int = 1,
     runs: int = 20,
+    *,
+    precision: str = "fp32",
+    outputs: Sequence[str] | None = None,
+    uint8_input: bool = False,
+    allow_undelegated: bool = False,
+    allow_inaccurate: bool = False,
 ) -> dict[str, Any]:
     """Exports, gates, measures, then writes `out` and NAME.json; returns what NAME.json holds.
 
+    Args:
+      images: folder of photographs for the gates, and for choosing the layers that int8 leaves alone.
+      allow_undelegated: writes a program of which XNNPACK takes less than 99% of the FLOPs, too.
+      allow_inaccurate: writes an int8 program that strays too far from float, too. Both are noted in the report.
+
     Raises:
-      GateError, ValueError, OSError: nothing was written.
+      GateError, DelegationError, ValueError, OSError: nothing was written.
     """
     out = Path(out)
     if out.suffix != ".pte":
         raise ValueError(f"--out {out}: the name must end in .pte")
     if threads < 1 or runs < 1:
         raise ValueError(f"threads and runs must be at least 1, got {threads} and {runs}")
+    _check(backend, precision)
+    sizes = _sizes(encoder, resolution)
+    module = weights.to_module(encoder)
+    for size in sizes.values():  # so that what cannot be is said before the long part
+        _network(encoder, module, *size, outputs, uint8_input)
     weights.check_writable(out)
-    height, width = _sides(encoder, resolution)
-    photographs = gates.load_images(images, height, width)
-    result = export(encoder, (height, width), backend)
-    result.report["gates"] = gate(encoder, result.pte, photographs)
-    result.report["latency"] = latency(result.pte, (height, width), threads, runs)
-    sidecar = json.dumps(result.report, indent=2).encode()
-    weights.write_files({out.with_suffix(".json"): sidecar, out: result.pte})
-    return result.report
+    photographs = {name: gates.load_images(images, *size, limit=IMAGES[precision]) for name, size in sizes.items()}
+    chosen = choose_float_layers(encoder, photographs[next(iter(sizes))][:4]) if precision == "int8" else {}
+    result = export(
+        encoder, list(sizes.values()), backend, precision, outputs=outputs, uint8_input=uint8_input,
+        float_layers=chosen.get("float_layers", ()),
+    )  # fmt: skip
+    report = result.report | {"allow_undelegated": allow_undelegated, "allow_inaccurate": allow_inaccurate}
+    if chosen:
+        report["sensitivity"] = chosen["sensitivity"]
+    for name, method in report["methods"].items():
+        if backend != "portable" and not allow_undelegated:
+            delegation.require(method["delegation"], name)
+        method["gates"] = gate(encoder, result.pte, photographs[name], allow_inaccurate=allow_inaccurate)
+        method["latency"] = latency(result.pte, sizes[name], threads, runs)
+    _write(out, result.pte, report)
+    return report
 
 
-def summarise(report: dict[str, Any]) -> str:
+def _write(out: Path, pte: bytes, report: Mapping[str, Any]) -> None:
+    try:
+        weights.write_files({out.with_suffix(".json"): json.dumps(report, indent=2).encode(), out: pte})
+    except OSError as e:  # a full disk names no file
+        raise OSError(f"--out {out} could not be written: {e.strerror or e}; nothing written") from None
+
+
+def summarise(report: Mapping[str, Any]) -> str:
     """The report as a few lines to print."""
-    d, speed = report["methods"][METHOD]["delegation"], report["latency"]
-    outside = ", ".join(f"{count} {name}" for name, count in d["outside"].items()) or "none"
-    lines = [
-        f"{report['backend']}: {d['partitions']} partitions, {d['share_of_nodes']:.1%} of operators and "
-        f"{d['share_of_flops']:.1%} of {d['flops'] / 1e9:.2f} GFLOP inside; outside: {outside}",
-        f"latency here: {speed['median_ms']} ms (median of {speed['runs']} runs, {speed['threads']} threads)",
-    ]
-    for pair, figures in report["gates"].items():
-        worst = max(f["max_abs"] for f in figures.values())
-        cosine = min(f["cosine"] for f in figures.values())
-        lines.append(f"{pair.replace('_', ' ')}: max abs {worst:.2e}, cosine at least {cosine:.6f}")
+    lines = []
+    for name, method in report["methods"].items():
+        head, *rest = delegation.lines(method["delegation"])
+        lines += [f"{name} ({report['backend']}, {report['precision']}): {head}", *rest]
+        speed = method["latency"]
+        lines.append(
+            f"  planned buffers {method['planned_bytes'] / 2**20:.2f} MiB; {speed['median_ms']} ms here "
+            f"(median of {speed['runs']} runs, {speed['threads']} threads)"
+        )
+        for pair in ("flax_vs_torch", "torch_vs_pte"):
+            figures = method["gates"][pair].items()
+            tokens = [f"{n} {f['max_abs']:.2e}, {f['mean_cosine']:.6f}, {f['cosine']:.6f}" for n, f in figures]
+            lines.append(f"  {pair.replace('_', ' ')} (max abs, mean and least cosine): {'; '.join(tokens)}")
+        if knn := method["gates"].get("int8", {}).get("knn"):
+            lines.append(
+                f"  int8 vs float neighbours of {knn['images']} images: nearest the same for {knn['top1']:.0%}, "
+                f"{knn['overlap']:.0%} of {knn['k']} shared"
+            )
+    if kept := report.get("float_layers"):
+        lines.append(f"layers kept float: {', '.join(kept)}")
     return "\n".join(lines)
 
 
-def _size(text: str) -> Size:
-    height, _, width = text.lower().partition("x")
-    return (int(height), int(width)) if width else int(height)
+def _load(path: str, student: str | None, model: str | None) -> LoadedEncoder:
+    try:
+        return weights.load(path, student, model)
+    except Exception as e:
+        if type(e) is not Exception:
+            raise
+        raise ValueError(f"{path} is damaged: {e}") from None  # how Orbax reports arrays that it cannot read
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="NAME.pte", help="program to write, with NAME.json beside it")
-    add("--resolution", type=_size, metavar="S|HxW", help="input size in pixels (default: the checkpoint's)")
-    add("--backend", choices=BACKENDS, default="xnnpack", help="portable: reference kernels, slow (default: xnnpack)")
+    add("--resolution", metavar="S|HxW,...", help="input sizes in pixels, one method each (default: own)")
+    add("--precision", default="fp32", metavar="fp32|int8", help="int8: weights by channel, activations by token")
+    add("--outputs", metavar="cls,patches", help="tokens to return, of cls, storage, patches (default: all)")
+    add("--backend", default="xnnpack", metavar="xnnpack|portable", help="portable: reference kernels, slow")
+    add("--uint8_input", action="store_true", help="take RGB of 0 to 255: normalisation is done by the program")
     add("--images", metavar="DIR", help="photographs for the checks (default: scikit-image's)")
     add("--threads", type=int, default=1, help="threads of the latency measurement (default: 1)")
     add("--runs", type=int, default=20, help="runs of the latency measurement (default: 20)")
+    add("--allow_undelegated", action="store_true", help="write even if XNNPACK takes less than 99%% of the FLOPs")
+    add("--allow_inaccurate", action="store_true", help="write even if int8 features stray too far from float ones")
     args = parser.parse_args(argv)
     try:
-        encoder = weights.load(args.checkpoint, args.student, args.model)
-        report = convert(encoder, args.out, args.resolution, args.backend, args.images, args.threads, args.runs)
+        _check(args.backend, args.precision)
+        sizes = contract.parse_sizes(args.resolution) if args.resolution else None
+        encoder = _load(args.checkpoint, args.student, args.model)
+        report = convert(
+            encoder, args.out, sizes, args.backend, args.images, args.threads, args.runs, precision=args.precision,
+            outputs=[n.strip() for n in args.outputs.split(",")] if args.outputs else None,
+            uint8_input=args.uint8_input, allow_undelegated=args.allow_undelegated,
+            allow_inaccurate=args.allow_inaccurate,
+        )  # fmt: skip
     except (ValueError, OSError) as e:
         print(f"error: {cli.one_line(e)}", file=sys.stderr)
         return 1

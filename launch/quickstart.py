@@ -162,15 +162,16 @@ def _describe_export(report: dict, path: Path) -> dict:
     }
     (method,) = report["methods"].values()
     delegation = method["delegation"]
+    pairs = {pair: method["gates"][pair] for pair in ("flax_vs_torch", "torch_vs_pte")}
     return {
-        "parity": {pair: worst(gate) for pair, gate in report["gates"].items()},
+        "parity": {pair: worst(gate) for pair, gate in pairs.items()},
         "pte": {
-            "latency_ms": report["latency"]["median_ms"],
-            "threads": report["latency"]["threads"],
+            "latency_ms": method["latency"]["median_ms"],
+            "threads": method["latency"]["threads"],
             "resolution": max(recipes.SCALES),
             "megabytes": round(path.stat().st_size / 1e6, 2),
             "partitions": delegation["partitions"],
-            "nodes_outside": sum(delegation["outside"].values()),
+            "nodes_outside": delegation["nodes_outside"],
             "share_of_flops": delegation["share_of_flops"],
         },
     }

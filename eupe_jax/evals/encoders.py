@@ -78,15 +78,15 @@ class HostEncoder:
 
 
 class PteEncoder:
-    """An exported ExecuTorch program with the JSON file beside it: fixed size, one image at a time.
+    """An exported ExecuTorch program with the JSON file beside it: fixed sizes, one image at a time.
 
     Raises:
-      ValueError: no JSON file beside it, or not one of ours. ImportError: ExecuTorch is not installed.
+      ValueError: no JSON file beside it, not one of ours, or one of another program. ImportError: ExecuTorch is not
+        installed.
     """
 
     def __init__(self, path: Path) -> None:
-        import torch
-        from executorch.runtime import Runtime
+        from eupe_jax.evals.pte import PteProgram  # a training pod has neither torch nor executorch
 
         sidecar = path.with_suffix(".json")
         if not path.is_file() or not sidecar.is_file():
@@ -94,35 +94,21 @@ class PteEncoder:
             raise ValueError(f"{missing} is not there: a program needs NAME.pte and NAME.json")
         try:
             report = json.loads(sidecar.read_text())
-            (method,) = report["methods"]
-            self._size = tuple(report["resolution"])
-            self._mean, self._std = np.float32(report["mean"]), np.float32(report["std"])
-            self._outputs = [output["name"] for output in report["methods"][method]["outputs"]]
+            weights, precision = report["weights_sha256"], report["precision"]
             self.cls_dim, self.patch_dim = report["cls_dim"], report["patch_dim"]
-            self.patch_size, self.resolution = report["patch_size"], max(self._size)
+            self.patch_size, self.resolution = report["patch_size"], max(report["resolution"])
             self.name = f"{report['model']} (.pte)"
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{sidecar} does not describe a program of one method: {error!r}") from None
+            raise ValueError(f"{sidecar} does not describe an exported program: {error!r}") from None
         self.fingerprint = hashlib.sha256((sha256_file(path) + sha256_file(sidecar)).encode()).hexdigest()
-        self._torch = torch
-        self._bytes = path.read_bytes()  # the runtime reads weights from them while it runs
-        try:
-            self._program = Runtime.get().load_program(self._bytes)
-            self._method = self._program.load_method(method)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is no program that the ExecuTorch runtime can load: {error}") from None
+        self._program = PteProgram(path.read_bytes(), str(path))
+        inside = self._program.contract
+        if (inside["weights_sha256"], inside["precision"]) != (weights, precision):
+            raise ValueError(f"{sidecar} is of another program than {path}: export both together")
 
     def __call__(self, images_BxHxWx3: np.ndarray, *, key: jax.Array | None = None) -> Tokens:
         del key
-        images = np.asarray(images_BxHxWx3)
-        _require_size(self.name, images, self._size)
-        pixels = images.astype(np.float32) / (255.0 if images.dtype == np.uint8 else 1.0)
-        pixels = ((pixels - self._mean) / self._std).transpose(0, 3, 1, 2)
-        rows = []
-        for image in pixels:
-            outputs = self._method.execute((self._torch.from_numpy(np.ascontiguousarray(image[None])),))
-            rows.append([output.numpy().copy() for output in outputs])  # the runtime reuses its output memory
-        tokens = dict(zip(self._outputs, (np.concatenate(kind) for kind in zip(*rows, strict=True)), strict=True))
+        tokens = self._program(images_BxHxWx3)
         return {kind: tokens[kind] for kind in ("cls", "patches") if kind in tokens}
 
 
