@@ -7,7 +7,7 @@ import numpy as np
 
 from eupe_jax.data.sources.base import RecordError
 from eupe_jax.data.sources.index_cache import IndexCache, default_folder
-from eupe_jax.data.sources.storage import File, list_files, stat
+from eupe_jax.data.sources.storage import File, forget_listings, list_files, stat
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ def _unchanged(files: list[File]) -> bool:
         except RecordError:
             return False
 
+    if files:
+        forget_listings(files[0].path)
     chosen = [files[i] for i in sorted(set(np.linspace(0, len(files) - 1, min(_CHECKED, len(files))).astype(int)))]
     with ThreadPoolExecutor(_CHECKED) as pool:
         return all(pool.map(same, chosen))

@@ -1,8 +1,9 @@
 """Tables of what shards hold (a NumPy array a shard), made once and kept on disk.
 
-A table is one file: a line of JSON that says whose it is, padded with blanks to 64 bytes' multiple, then the array's
-bytes, which are mapped into memory when they are needed. It counts while the shard's path, size and version (time of
-modification, or a bucket's etag) are what they were; a table that is stale, of another format or damaged is made again.
+A table is one file: a line of JSON that says whose it is, behind its CRC-32 and padded with blanks to a multiple of 64
+bytes, then the array's bytes, which are mapped into memory when they are needed. It counts while the shard's path, size
+and version (time of modification, or a bucket's etag) are what they were; a table that is stale, of another format or
+damaged is made again.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eupe_jax.data.sources.base import RecordError, in_range
-from eupe_jax.data.sources.storage import File, is_remote
+from eupe_jax.data.sources.storage import CHANGED, File, is_remote, stat
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,12 @@ class IndexCache:
             return index.table
         table = self._read(index.file)
         if table is None:
+            if stat(index.file.path) != index.file:
+                raise RecordError(index.file.path, CHANGED)
             table = self.build(index.file)
             self._store(index.file, table)
         if len(table) != index.rows or index.digest not in ("", _table_digest(table)):
-            raise RecordError(index.file.path, "holds other records than when the source was opened; start again")
+            raise RecordError(index.file.path, CHANGED)
         return table
 
     def forget(self, file: File) -> None:
@@ -121,8 +124,9 @@ class IndexCache:
             "version": file.version, "rows": len(table), "digest": _table_digest(table),
             "dtype": np.lib.format.dtype_to_descr(table.dtype), "crc32": zlib.crc32(table.tobytes()),
         }  # fmt: skip
-        line = json.dumps(header).encode()
-        line += b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 10) % _ALIGN)
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
         path = self._path(file)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +147,8 @@ class IndexCache:
 
 
 class Tables:
-    """The rows of many shards under one global index. Few tables are in memory at once; only those without a file are
-    pickled."""
+    """The rows of many shards under one global index. Few tables (`limit`; each holds a file open) are mapped at once;
+    only those without a file are pickled."""
 
     def __init__(self, cache: IndexCache, indices: Sequence[Index], limit: int = 128):
         self.cache, self.indices, self._limit = cache, list(indices), limit
@@ -199,14 +203,17 @@ def _read_header(path: Path, file: File, kind: str) -> tuple[dict, int]:
     """The header of a table that belongs to this state of the shard, and where the table begins."""
     with open(path, "rb") as f:
         line = f.readline(1 << 20)
-        header = json.loads(line)
+        checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(text):
+            raise ValueError("the checksum of its first line does not match")
+        header = json.loads(text)
         if (header["format"], header["kind"]) != (_FORMAT, kind):
             raise _Stale(f"it has format {header['format']!r}, kind {header['kind']!r}")
         if (header["path"], header["size"], header["version"]) != (_identity(file.path), file.size, file.version):
             raise _Stale(f"it was made of {header['size']} bytes, version {header['version']}")
         header["dtype"] = np.lib.format.descr_to_dtype([tuple(x) for x in header["dtype"]])
         size, expected = os.fstat(f.fileno()).st_size, len(line) + header["rows"] * header["dtype"].itemsize
-        if not line.endswith(b"\n") or size != expected:
+        if size != expected:
             raise ValueError(f"it has {size} bytes, not {expected}")
     return header, len(line)
 

@@ -19,6 +19,8 @@ from eupe_jax.data.sources.base import RecordError
 
 PathLike = str | os.PathLike
 
+CHANGED = "changed since the source was opened; start again"
+
 
 class File(NamedTuple):
     """size: in bytes. version: differs when the content does (modification time in ns, or a bucket's etag)."""
@@ -83,9 +85,13 @@ def expand_braces(pattern: str) -> list[str]:
 def stat(path: str) -> File:
     """Size and version of one file. Raises RecordError (of a bucket) or OSError where there is none."""
     with explained(path):
-        if is_remote(path):
-            return _remote_file(path, _fresh_filesystem(path).info(path))
-        return _local_file(path)
+        return _remote_file(path, _filesystem(path).info(path)) if is_remote(path) else _local_file(path)
+
+
+def forget_listings(path: str) -> None:
+    """Makes fsspec ask the bucket again, where it remembers what a folder held."""
+    if is_remote(path):
+        _filesystem(path).invalidate_cache()
 
 
 def exists(path: str) -> bool:
@@ -93,7 +99,7 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
     with explained(path):
-        return _fresh_filesystem(path).isfile(path)
+        return _filesystem(path).isfile(path)
 
 
 def _local_file(path: str) -> File:
@@ -134,15 +140,9 @@ def _filesystem(path: str):
     return fsspec.core.url_to_fs(path)[0]
 
 
-def _fresh_filesystem(path: str):
-    """The same, with no listing remembered."""
-    fs = _filesystem(path)
-    fs.invalidate_cache()
-    return fs
-
-
 def _find_remote(path: str) -> list[File]:
-    fs = _fresh_filesystem(path)
+    forget_listings(path)
+    fs = _filesystem(path)
     found = fs.glob(path, detail=True) if glob.has_magic(path) else fs.find(path, detail=True)
     scheme = path.split("://")[0]
     files = [
@@ -219,7 +219,7 @@ class _Descriptor:
             self._number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._number)
         if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
-            raise RecordError(file.path, "changed since the source was opened; start again")
+            raise RecordError(file.path, CHANGED)
 
     def read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._number, size, offset)
