@@ -22,8 +22,10 @@ for _name in ("torchao", "torch.utils._pytree"):  # notices of kernels that no e
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_  # noqa: E402
 from torchao.quantization.granularity import PerAxis  # noqa: E402
 
-TARGETS = {"cls": 0.999, "patches": 0.995}  # mean cosine between float and int8 features of real images
-Features = Mapping[str, np.ndarray]
+from convert import gates  # noqa: E402
+
+# Half the error that the gate allows: layers are chosen on fewer images than they are gated on.
+TARGETS = {name: (1 + least) / 2 for name, least in gates.INT8_COSINE.items()}
 
 
 def linear_layers(network: nn.Module) -> list[str]:
@@ -57,11 +59,6 @@ def features(network: nn.Module, images_Nx3xHxW: Tensor) -> dict[str, np.ndarray
     return {
         name: torch.cat(parts).numpy() for name, parts in zip(network.outputs, zip(*outputs, strict=True), strict=True)
     }
-
-
-def _cosines(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    a, b = reference.astype(np.float64), candidate.astype(np.float64)
-    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
 def _falls_short(cosines: Mapping[str, float], targets: Mapping[str, float]) -> bool:
@@ -100,8 +97,8 @@ def choose_float_layers(
     def cosines(int8: Collection[str]) -> dict[str, float]:
         for name in layers:
             mixture.set_submodule(name, as_int8[name] if name in int8 else as_float[name])
-        found = features(mixture, images_Nx3xHxW)
-        return {name: float(_cosines(reference[name], found[name]).mean()) for name in judged}
+        compared = gates.compare(reference, features(mixture, images_Nx3xHxW))
+        return {name: compared[name]["mean_cosine"] for name in judged}
 
     everything = found = cosines(layers)
     sensitivity: dict[str, dict[str, float]] = {}
@@ -138,7 +135,7 @@ def _neighbours(features_NxD: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-similarity, axis=-1, kind="stable")[:, :k]
 
 
-def int8_report(reference: Features, candidate: Features, k: int = 10) -> dict[str, Any]:
+def int8_report(reference: gates.Features, candidate: gates.Features, k: int = 10) -> dict[str, Any]:
     """How far int8 features of N real images are from the float ones.
 
     Returns:
@@ -147,23 +144,21 @@ def int8_report(reference: Features, candidate: Features, k: int = 10) -> dict[s
         neighbour among the others is the same, and `overlap`, the mean share of their `k` nearest that both find.
 
     Raises:
-      ValueError: outputs of other names or shapes, or fewer than two images.
+      GateError: an output is missing in `candidate`, or has another shape there.
+      ValueError: fewer than two images.
     """
-    shapes = [{name: value.shape for name, value in side.items() if value.size} for side in (reference, candidate)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"float and int8 features differ in names or shapes: {shapes[0]} and {shapes[1]}")
-    cosines = {name: _cosines(reference[name], candidate[name]) for name in shapes[0]}
+    compared = gates.compare(reference, candidate)
     N = len(next(iter(reference.values())))
     if N < 2:
         raise ValueError("nearest neighbours need at least two images")
     k = min(k, N - 1)
     ours, theirs = (
-        _neighbours(side["cls"] if "cls" in shapes[0] else side["patches"].mean(axis=(1, 2)), k)
+        _neighbours(side["cls"] if "cls" in reference else side["patches"].mean(axis=(1, 2)), k)
         for side in (reference, candidate)
     )
     overlap = [len(set(a) & set(b)) / k for a, b in zip(ours, theirs, strict=True)]
     return {
-        "cosine": {name: {"mean": float(c.mean()), "min": float(c.min())} for name, c in cosines.items()},
+        "cosine": {name: {"mean": c["mean_cosine"], "min": c["cosine"]} for name, c in compared.items()},
         "knn": {
             "images": N,
             "k": k,

@@ -171,8 +171,8 @@ def test_report_without_class_token_goes_by_mean_patch():
 @pytest.mark.parametrize(
     ("candidate", "words"),
     [
-        ({"cls": np.ones((2, 3))}, "names or shapes"),
-        ({"cls": np.ones((1, 4))}, "names or shapes"),
+        ({"cls": np.ones((2, 3))}, "cls should be"),
+        ({"patches": np.ones((1, 3))}, "got nothing"),
         (None, "two images"),
     ],
 )
