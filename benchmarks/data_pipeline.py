@@ -41,10 +41,23 @@ STAGE2 = {"batch": 8192, "chips": 256, "chips_per_host": 4, "vcpus_per_host": 11
 def file_sets(data: Path, images: Path | None, limit: int) -> dict[str, list[bytes]]:
     """{name of the set: encoded images}. Raises SystemExit where there are none."""
     if images is not None:
+        from eupe_jax.data.host import BrokenRecord, decode
         from eupe_jax.data.sources import ImageFolder
 
-        source = ImageFolder(images)
-        return {images.name: [source[i].data for i in range(min(limit, len(source)))]}
+        files = []
+        try:
+            source = ImageFolder(images)
+            for record in (source[i] for i in range(min(limit, len(source)))):
+                try:
+                    decode(record)
+                    files.append(record.data)
+                except BrokenRecord as e:
+                    print(f"left out: {e}")
+        except (OSError, ValueError) as e:
+            raise SystemExit(f"error: {e}") from e
+        if not files:
+            raise SystemExit(f"error: none of the first {limit} images in {images} can be decoded")
+        return {images.name: files}
     shards, photos = sorted(data.glob("caltech101/train-*.tar")), sorted(data.glob("photos/*.jpg"))
     if not shards or not photos:
         raise SystemExit(f"error: no photos/*.jpg and caltech101/train-*.tar in {data}: name a folder with --images")

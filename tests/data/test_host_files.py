@@ -353,6 +353,26 @@ def test_threads_get_what_one_thread_gets(photos):
     np.testing.assert_array_equal(together, alone)
 
 
+def test_decoding_and_resizing_let_other_threads_run(encode):
+    big = np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), np.uint8)
+    data = encode(big, "JPEG")
+    for work in (lambda: decode(record(data)), lambda: crop_and_resize(big, (0.0, 0.0, 2500.0, 2500.0), 2000)):
+        ticks, done = [], threading.Event()
+
+        def tick(ticks=ticks, done=done):
+            while not done.wait(0.001):
+                ticks.append(time.perf_counter())
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        start = time.perf_counter()
+        work()
+        end = time.perf_counter()
+        done.set()
+        thread.join()
+        assert sum(start < t < end for t in ticks) >= 5, end - start  # a held lock lets one or two through
+
+
 @pytest.mark.parametrize("box", [(0.0, 0.0, 110.0, 70.0), (13.0, 5.0, 90.0, 66.0), (3.25, 2.5, 40.75, 33.125)])
 @pytest.mark.parametrize("size", [16, 64, 200])
 def test_resize_is_pillows_filter(picture, box, size):
