@@ -3,7 +3,8 @@
 torchvision itself does not install beside this project's PyTorch. What it does to a Pillow image is Pillow and torch
 calls, made here in its order and with its random draws: crop then resize (bicubic), ImageOps, ImageEnhance, hue through
 an 8-bit HSV image, blur as a depthwise 9x9 convolution of a float tensor (both of its APIs turn a Pillow image into a
-tensor and back for that), then a float tensor with normalised channels.
+tensor and back for that, and neither separates so small a kernel; doing so takes as long), then a float tensor with
+normalised channels.
 """
 
 import io
