@@ -10,8 +10,8 @@ from convert.export_modules import for_export  # noqa: E402
 from tests.convert.conftest import make_encoder  # noqa: E402
 
 
-def _check(module, height, width):
-    network = for_export(module, height, width)
+def _check(module, height, width, **options):
+    network = for_export(module, height, width, **options)
     image = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, height, width)).astype(np.float32))
     with torch.inference_mode():
         expected, got = module(image), dict(zip(network.outputs, network(image), strict=True))
@@ -23,6 +23,20 @@ def _check(module, height, width):
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (128, 32)])
 def test_equals_the_readable_module(encoder, size):
     _check(weights.to_module(encoder), *size)
+
+
+def test_with_convolutions_for_linear_layers(encoder):
+    _check(weights.to_module(encoder), 64, 96, linear=False)
+
+
+def test_only_the_linear_form_of_convnext_has_linear_layers(convnext):
+    module = weights.to_module(convnext)
+
+    def count(linear):
+        network = for_export(module, 64, 64, linear=linear)
+        return sum(isinstance(layer, torch.nn.Linear) for layer in network.modules())
+
+    assert (count(False), count(True)) == (0, 2 * sum(convnext.overrides["depths"]))
 
 
 def test_without_storage_tokens_there_is_no_storage_output():
