@@ -22,9 +22,13 @@ from executorch.runtime import Runtime  # noqa: E402
 SINGLE = ("format", "model", "weights_sha256", "token_layout", "pixels", "input_dtype", "precision", "patch_size")
 
 
+with contextlib.redirect_stderr(io.StringIO()):  # the first question is answered with how processors were counted
+    portable_lib._threadpool_get_thread_count()
+
+
 def set_threads(count: int) -> None:
     """Threads of every program in this process."""
-    with contextlib.redirect_stderr(io.StringIO()):  # the runtime tells there how it counted the processors
+    with contextlib.redirect_stderr(io.StringIO()):  # the runtime announces it
         portable_lib._unsafe_reset_threadpool(count)
 
 
@@ -44,7 +48,8 @@ class PteProgram:
         self._pte, self.name = pte, name  # the runtime reads weights from the bytes while it runs
         self._loaded: dict[str, Any] = {}
         try:
-            self._program = Runtime.get().load_program(pte)
+            with contextlib.redirect_stderr(io.StringIO()):  # what the runtime prints, the error says
+                self._program = Runtime.get().load_program(pte)
             names = sorted(self._program.method_names)
             constants = [n for n in names if n != "forward" and not n.startswith("encode_")]
             found = {n: list(self._program.load_method(n).execute(())) for n in constants}
