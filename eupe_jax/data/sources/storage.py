@@ -153,8 +153,10 @@ def _find_remote(path: str) -> list[File]:
 
 def _remote_file(path: str, info: dict) -> File:
     keys = ("etag", "ETag", "generation", "md5Hash", "crc32c", "updated", "LastModified", "mtime", "created")
-    version = next((str(info[k]) for k in keys if info.get(k)), "")
-    return File(path, int(info["size"]), version)
+    version = next((info[k] for k in keys if info.get(k)), "")
+    if hasattr(version, "timestamp"):  # listings and single answers may say it differently
+        version = version.timestamp()
+    return File(path, int(info["size"]), str(version))
 
 
 def read_file(path: str) -> bytes:
@@ -241,16 +243,12 @@ def explained(path: str) -> Iterator[None]:
         raise
     except FileNotFoundError as e:
         raise RecordError(path, "no such object, folder or bucket" if is_remote(path) else "no such file") from e
-    except PermissionError as e:
-        raise RecordError(path, "access is forbidden; check its permissions") from e
-    except OSError as e:
-        if is_remote(path) and re.search(r"forbidden|\b403\b|anonymous caller|\b401\b", str(e), re.IGNORECASE):
-            raise RecordError(path, f"access is forbidden; check your credentials ({e})") from e
-        raise RecordError(path, f"cannot be read: {e.strerror or e}") from e
     except (ImportError, ValueError, MemoryError):
         raise
-    except Exception as e:
-        if not is_remote(path):
+    except Exception as e:  # gcsfs and aiohttp have their own classes for HTTP errors and broken connections
+        if not (isinstance(e, OSError) or is_remote(path)):
             raise
-        # gcsfs and aiohttp have their own classes for HTTP errors and broken connections.
-        raise RecordError(path, f"cannot be read: {type(e).__name__}: {e}") from e
+        said = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())
+        if isinstance(e, PermissionError) or re.search(r"forbidden|\b40[13]\b|anonymous caller", said, re.IGNORECASE):
+            raise RecordError(path, f"access is forbidden; check permissions and credentials ({said})") from e
+        raise RecordError(path, f"cannot be read: {said}") from e
