@@ -102,8 +102,8 @@ def _read(source: Source, index: int) -> Record:
     except BrokenRecord:
         raise
     except OSError as e:
-        name = e.filename or f"record {index}"
-        raise BrokenRecord(name, f"cannot be read: {e.strerror or e}", "unreadable") from e
+        reason = str(e.strerror or e).removeprefix("cannot be read: ")
+        raise BrokenRecord(e.filename or f"record {index}", f"cannot be read: {reason}", "unreadable") from e
 
 
 class Reading(NamedTuple):
@@ -120,7 +120,7 @@ class RecordReader:
     The stand-in is a function of (seed, step, position) alone, so every host and every resumed run agrees on it.
     Broken records are logged once by name, and counted by source and kind (`counts`); past the allowed fraction
     TooManyBroken lists them. Thread-safe; a worker process counts for itself, and `read` says what it met, so whoever
-    gets the batches can `add` that up.
+    gets the batches can add that up.
     """
 
     def __init__(self, config: HostConfig, seed: int):
@@ -151,13 +151,6 @@ class RecordReader:
             return Reading(image, index, tuple(met))
         raise TooManyBroken(f"{_ATTEMPTS} records drawn in a row were broken:\n{self._list()}")
 
-    def add(self, reads: int, counts: Counter[tuple[str, str]]):
-        """Counts what another process has read. Raises TooManyBroken past the allowed fraction."""
-        with self._lock:
-            self.reads += reads
-            self.counts.update(counts)
-            self._check()
-
     def _count(self, source: str, error: BrokenRecord):
         with self._lock:
             self.reads += 1
@@ -165,21 +158,20 @@ class RecordReader:
             if error.name not in self.broken and len(self.broken) < _NAMED:
                 log.warning("broken record of %s replaced (%s): %s", source, error.kind, error)
                 self.broken[error.name] = error.reason
-            self._check(error)
-
-    def _check(self, error: BrokenRecord | None = None):
-        broken, allowed = self.counts.total(), self._config.max_broken_fraction
-        if broken > allowed * max(self.reads, 200):
-            kinds = ", ".join(f"{source}: {n} {kind}" for (source, kind), n in sorted(self.counts.items()))
-            raise TooManyBroken(
-                f"{broken} of {self.reads} records read were broken ({kinds}), more than "
-                f"data.max_broken_fraction={allowed} allows:\n{self._list()}"
-            ) from error
+                if len(self.broken) == _NAMED:
+                    log.warning("that was broken record %d; more of them are counted, but not named", _NAMED)
+            broken, allowed = self.counts.total(), self._config.max_broken_fraction
+            if broken > allowed * max(self.reads, 200):
+                kinds = ", ".join(f"{name}: {n} {kind}" for (name, kind), n in sorted(self.counts.items()))
+                raise TooManyBroken(
+                    f"{broken} of {self.reads} records read were broken ({kinds}), more than "
+                    f"data.max_broken_fraction={allowed} allows:\n{self._list()}"
+                ) from error
 
     def _list(self, at_most: int = 50) -> str:
         lines = [f"  {name}: {reason}" for name, reason in self.broken.items()]
-        more = self.counts.total() - at_most
-        return "\n".join(lines[:at_most] + ([f"  and others, {more} more readings"] if more > 0 else []))
+        more = len(lines) - at_most
+        return "\n".join(lines[:at_most] + ([f"  and {more} more"] if more > 0 else []))
 
     def __getstate__(self):
         return self._config, self._seed

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from eupe_jax.data import decode as decode_module
+from eupe_jax.data import host as host_module
 from eupe_jax.data.crop import crop_and_resize
 from eupe_jax.data.host import (
     BrokenRecord,
@@ -319,7 +320,7 @@ class Junk:
         return Record([b"junk", b"", np.zeros((9, 9, 3), np.uint8)][index % 3], f"record {index}")
 
 
-def test_counts_by_source_and_kind_add_up_over_processes():
+def test_counts_by_source_and_kind():
     config = HostConfig(size=4, max_broken_fraction=1.0)
     reader = RecordReader(config, seed=0)
     readings = [reader.read(Junk(), i % 10, 0, i, name) for i in range(60) for name in ("a", "b")]
@@ -327,10 +328,24 @@ def test_counts_by_source_and_kind_add_up_over_processes():
     assert reader.counts == by_hand and {k for _, k in by_hand} == {"unidentified", "empty", "unreadable"}
     assert reader.reads == 120 + by_hand.total()
 
-    parent = RecordReader(HostConfig(size=4, max_broken_fraction=0.05), seed=0)
-    parent.add(190, Counter({("a", "empty"): 9}))
-    with pytest.raises(TooManyBroken, match=r"11 of 192 .*a: 9 empty, b: 2 truncated.*max_broken_fraction=0.05"):
-        parent.add(2, Counter({("b", "truncated"): 2}))
+
+def test_the_last_word_counts_sources_and_kinds():
+    reader = RecordReader(HostConfig(size=4, max_broken_fraction=0.01), seed=0)
+    with pytest.raises(
+        TooManyBroken, match=r"(?s)^3 of \d+ .*\(a: 1 unidentified, b: 1 empty, b: 1 uni.*=0.01.*record 3"
+    ):
+        for name, index in [("a", 3), ("a", 5), ("b", 4), ("b", 6), ("b", 9)]:
+            reader.read(Junk(), index, 0, 8, name)  # place 8 draws a good stand-in
+
+
+def test_names_are_bounded_and_counts_are_not(monkeypatch, caplog):
+    monkeypatch.setattr(host_module, "_NAMED", 2)
+    reader = RecordReader(HostConfig(size=4, max_broken_fraction=1.0), seed=0)
+    with caplog.at_level(logging.WARNING):
+        for i in range(40):
+            reader.read(Junk(), i % 10, 0, i)
+    assert len(reader.broken) == 2 and len(caplog.messages) == 3 and "not named" in caplog.messages[-1]
+    assert reader.counts.total() > 20
 
 
 # ---- threads, and the resize
