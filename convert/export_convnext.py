@@ -72,8 +72,8 @@ class ConvNeXtBlock(nn.Module):
         y = self.standardise(self.dwconv(x_1xCxHxW))
         if not self.linear:
             return x_1xCxHxW + self.pwconv2(F.gelu(self.pwconv1(y)))
-        y = y.flatten(2).transpose(1, 2)
-        return x_1xCxHxW + self.pwconv2(F.gelu(self.pwconv1(y))).transpose(1, 2).reshape(x_1xCxHxW.shape)
+        y = self.pwconv2(F.gelu(self.pwconv1(y.flatten(2).transpose(1, 2))))
+        return x_1xCxHxW + y.transpose(1, 2).reshape(x_1xCxHxW.shape)
 
 
 class Shrink(nn.Module):

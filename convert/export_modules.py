@@ -7,8 +7,8 @@ Built from the readable modules, never trained or saved. What differs, and why:
   * Attention is rank-3 `bmm` over [heads, tokens, head width], with slices where the readable module splits: the
     delegate takes neither `split`, nor rank-4 products, nor the softmax of `scaled_dot_product_attention`.
   * 1 / sqrt(head width), LayerScale and the key-bias mask are folded into weights; rotary tables are constants.
-  * ConvNeXt's 7x7 depthwise convolution, too large for the delegate's kernels, is the sum of three smaller ones. Its map
-    is channels-last throughout, with 1x1 convolutions (or linear layers, for int8) over the channels.
+  * ConvNeXt's 7x7 depthwise convolution, too large for the delegate's kernels, is the sum of three smaller ones. Its
+    map is channels-last throughout, with 1x1 convolutions (or linear layers, for int8) over the channels.
 """
 
 from collections.abc import Sequence

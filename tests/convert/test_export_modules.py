@@ -29,14 +29,14 @@ def test_with_convolutions_for_linear_layers(encoder):
     _check(weights.to_module(encoder), 64, 96, linear=False)
 
 
-def test_only_the_linear_form_of_convnext_has_linear_layers(convnext):
+def test_convnext_has_linear_layers_unless_told_otherwise(convnext):
     module = weights.to_module(convnext)
 
-    def count(linear):
-        network = for_export(module, 64, 64, linear=linear)
+    def count(**options):
+        network = for_export(module, 64, 64, **options)
         return sum(isinstance(layer, torch.nn.Linear) for layer in network.modules())
 
-    assert (count(False), count(True)) == (0, 2 * sum(convnext.overrides["depths"]))
+    assert (count(), count(linear=False)) == (2 * sum(convnext.overrides["depths"]), 0)
 
 
 def test_without_storage_tokens_there_is_no_storage_output():
