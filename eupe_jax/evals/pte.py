@@ -51,7 +51,7 @@ class PteProgram:
             with contextlib.redirect_stderr(io.StringIO()):  # what the runtime prints, the error says
                 self._program = Runtime.get().load_program(pte)
             names = sorted(self._program.method_names)
-            constants = [n for n in names if n != "forward" and not n.startswith("encode_")]
+            constants = [n for n in names if not self._program.metadata(n).num_inputs()]
             found = {n: list(self._program.load_method(n).execute(())) for n in constants}
         except RuntimeError as error:
             raise ValueError(f"{name} is no program that the ExecuTorch runtime can load: {error}") from None
