@@ -1,5 +1,6 @@
 import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from eupe_jax.data.host import BrokenRecord, HostConfig, decode
 from eupe_jax.data.loader import Loader
-from eupe_jax.data.sources import ArraySource, ImageFolder, Tfds
+from eupe_jax.data.sources import ArrayRecordSource, ArraySource, ImageFolder, Tfds, open_source
 
 
 @pytest.fixture
@@ -90,32 +91,71 @@ def test_packaged_photos_are_colour_photographs(photos):
         assert min(image.shape[:2]) >= 300 and np.ptp(image.astype(int), axis=-1).mean() > 5
 
 
-def test_tfds_split_without_tensorflow(tmp_path, picture, encode):
-    tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+@pytest.fixture(scope="module")
+def tfds():
+    return pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
 
-    class Tiny(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = tmp_path  # where it looks for its metadata; this builder lives in no package
 
-        def _info(self):
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"image": tfds.features.Image()}))
+def prepare(tfds, folder, name, version, features, examples, file_format="array_record"):
+    """A data set as tfds itself lays it out, under any name, public ones included."""
 
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
+    def info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
-        def _generate_examples(self):
-            for i in range(3):
-                yield str(i), {"image": encode(np.full_like(picture, 40 * i + 10))}
+    body = {
+        "name": name,
+        "VERSION": tfds.core.Version(version),
+        "pkg_dir_path": folder,  # where it looks for its metadata; this builder lives in no package
+        "_info": info,
+        "_split_generators": lambda self, manager: {s: self._generate_examples(s) for s in examples},
+        "_generate_examples": lambda self, split: ((str(i), e) for i, e in enumerate(examples[split])),
+    }
+    builder = type("Builder", (tfds.core.GeneratorBasedBuilder,), body, skip_registration=True)
+    builder(data_dir=folder, file_format=file_format).download_and_prepare()
 
-    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+
+def test_tfds_split_without_tensorflow(tfds, tmp_path, picture, encode):
+    images = [{"image": encode(np.full_like(picture, 40 * i + 10))} for i in range(3)]
+    prepare(tfds, tmp_path, "tiny", "1.0.0", {"image": tfds.features.Image()}, {"train": images})
     source = Tfds("tiny", "train", data_dir=str(tmp_path))
     source = pickle.loads(pickle.dumps(source))
     assert len(source) == 3 and isinstance(source[0].data, bytes) and source[2].name == "tiny/train[2]"
     assert sorted(int(decode(source[i]).mean()) for i in range(3)) == [10, 50, 90]
-    with pytest.raises(ValueError, match="no feature 'picture'"):
-        Tfds("tiny", "train", data_dir=str(tmp_path), image_key="picture")
-    with pytest.raises(ValueError, match="no_such_set"):
-        Tfds("no_such_set", data_dir=str(tmp_path))
+    # The same files as plain ArrayRecord, of tf.train.Example.
+    records = ArrayRecordSource(tmp_path / "tiny" / "1.0.0", key="image", index_dir=str(tmp_path / "index"))
+    assert [records[i].data for i in range(3)] == [source[i].data for i in range(3)]
+    for arguments, options, message in [
+        (("tiny", "train"), {"image_key": "picture"}, r"no feature 'picture', only \['image'\]"),
+        (("tiny", "trian"), {}, r"tfds 'tiny' split 'trian' in .* it has the splits \['train'\]"),
+        (("no_such_set",), {}, "'no_such_set' .* knows none of that name, and .* holds none"),
+        (("imagenet2012",), {}, "nothing is prepared in .*imagenet2012/5.1.0; prepare it once with file_format='arr"),
+    ]:
+        with pytest.raises(ValueError, match=message) as e:
+            Tfds(*arguments, data_dir=str(tmp_path), **options)
+        assert len(str(e.value).splitlines()) == 1
+    assert "tensorflow" not in sys.modules
+
+
+def test_imagenet2012_by_its_name(tfds, tmp_path, picture, encode):
+    features = {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(num_classes=1000),
+        "file_name": tfds.features.Text(),
+    }
+    splits = {
+        split: [
+            {"image": encode(np.full_like(picture, 20 * i), "JPEG"), "label": i, "file_name": f"{i}.JPEG"}
+            for i in range(count)
+        ]
+        for split, count in (("train", 6), ("validation", 2))
+    }
+    prepare(tfds, tmp_path, "imagenet2012", "5.1.0", features, splits)
+    source = open_source("tfds", "imagenet2012", data_dir=str(tmp_path))
+    assert sorted(int(decode(source[i]).mean()) for i in range(6)) == [0, 20, 40, 60, 80, 100]
+    assert len(open_source("tfds", "imagenet2012:validation", data_dir=str(tmp_path))) == 2
+    assert len(open_source("tfds", "imagenet2012:train[:50%]", data_dir=str(tmp_path))) == 3
+    with pytest.raises(ValueError, match=r"^source: .*it has the splits \['train', 'validation'\]"):
+        open_source("tfds", "imagenet2012:val", data_dir=str(tmp_path))
 
 
 @pytest.fixture
