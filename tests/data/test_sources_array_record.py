@@ -12,7 +12,7 @@ from source_files import make_images, write_array_records
 
 from eupe_jax.data.sources import ArrayRecordSource, RecordError, open_source, storage
 from eupe_jax.data.sources.record_codec import pack_record
-from eupe_jax.data.sources.riegeli import NotPlain, read_record, record_table
+from eupe_jax.data.sources.riegeli import NotPlain, Unreadable, read_record, record_table
 from eupe_jax.data.sources.tf_example import bytes_feature
 
 BLOCK = 1 << 16
@@ -68,12 +68,27 @@ def test_byte_ranges_give_what_array_record_reads_many_times(tmp_path):
         check_against_own_reader(tmp_path / "x.array_record", seed)
 
 
+@pytest.mark.parametrize(
+    "options", ["group_size:1", "group_size:7", "group_size:3,brotli", "group_size:5,uncompressed"]
+)
+def test_compressed_and_grouped_records_by_byte_ranges(tmp_path, options):
+    for seed in range(5):
+        generator = random.Random(seed)
+        records = [generator.randbytes(n // 2) + bytes(n - n // 2) for n in sizes_of(generator)]
+        file, reader = write(tmp_path / "x.array_record", records, options), storage.RangeReader()
+        table = record_table(file, reader, plain=False)
+        assert [read_record(file, reader, row) for row in table] == records
+
+
 def test_what_byte_ranges_do_not_read(tmp_path):
     records, reader = [b"a" * 500] * 20, storage.RangeReader()
     for options in ("group_size:4,uncompressed", "group_size:1", "group_size:1,brotli", "group_size:1,transpose"):
         file = write(tmp_path / f"{options}.array_record", records, options)
-        with pytest.raises(NotPlain):
+        with pytest.raises((NotPlain, Unreadable)):
             record_table(file, reader)
+        if "transpose" in options:
+            with pytest.raises(Unreadable):
+                record_table(file, reader, plain=False)
         source = ArrayRecordSource(file.path, layout="raw")  # through array_record's reader
         assert [source[i].data for i in range(20)] == records
         assert source[3].name == f"{file.path}[3]"
@@ -112,6 +127,31 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
             else:
                 assert record == (data, name)
     assert seen > 60
+
+
+def test_no_flipped_bit_goes_unseen_in_a_compressed_shard_of_a_bucket(tmp_path):
+    fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+    images = make_images()
+    folder = write_array_records(
+        tmp_path / "x", [pack_record(n, d) for n, d in images.items()], parts=1, options="group_size:2"
+    )
+    whole, fs = next(folder.iterdir()).read_bytes(), fsspec.filesystem("memory")
+    rng, seen = np.random.default_rng(0), 0
+    for place in [*rng.integers(64, len(whole.rstrip(b"\0")), 60), *rng.integers(0, 3000, 30)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        fs.pipe_file("flips/x.array_record", bytes(damaged))
+        try:
+            source = ArrayRecordSource("memory://flips", layout="packed", index_dir=str(tmp_path / f"index{place}"))
+        except (ValueError, OSError):
+            seen += 1
+            continue
+        for i, (name, data) in enumerate(images.items()):
+            try:
+                assert source[i] == (data, name)
+            except RecordError:
+                seen += 1
+    assert seen > 40
 
 
 def test_cut_off_shards(tmp_path):

@@ -162,11 +162,17 @@ def test_what_is_not_there(bucket):
         source[0]
 
 
-def test_compressed_shards_want_a_mount(bucket, tmp_path):
-    write_array_records(tmp_path / "x", [pack_record("a", b"a" * 99)] * 3, parts=1, options="group_size:1")
-    put(f"{bucket}/compressed/x.array_record", next((tmp_path / "x").iterdir()).read_bytes())
-    with pytest.raises(ValueError, match="x.array_record: .*compressed.*launch/pack.py.*gcsfuse"):
-        open_source("array_record", f"{bucket}/compressed")
+def test_shards_of_others(bucket, tmp_path):
+    records = [pack_record(n, d) for n, d in IMAGES.items()]
+    for options, folder in (("group_size:1", "compressed"), ("group_size:4,brotli", "groups")):
+        write_array_records(tmp_path / folder, records, parts=2, options=options)
+        for file in (tmp_path / folder).iterdir():
+            put(f"{bucket}/{folder}/{file.name}", file.read_bytes())
+        assert data(open_source("array_record", f"{bucket}/{folder}")) == list(IMAGES.values())
+    write_array_records(tmp_path / "t", records, parts=1, options="group_size:1,transpose")
+    put(f"{bucket}/t/x.array_record", next((tmp_path / "t").iterdir()).read_bytes())
+    with pytest.raises(ValueError, match="x.array_record: its records are transposed; .*mount it as a folder .gcsfuse"):
+        open_source("array_record", f"{bucket}/t")
 
 
 class _Refusing:

@@ -33,8 +33,8 @@ class ArrayRecordSource:
     index_dir: where the places of each shard's records are kept (default $XDG_CACHE_HOME/eupe_jax/array_record_index);
       of a packed folder a shard's are looked up when it is first read, so opening takes one look at its manifest.
 
-    Shards with group_size:1 and without compression, as pack writes them, are read by byte ranges (and they alone in
-    buckets), others through array_record's own reader.
+    Shards with group_size:1 and without compression, as pack writes them, are read by byte ranges, and so is everything
+    in buckets (but for transposed records); others go through array_record's own reader.
     Raises FileNotFoundError or ValueError for what cannot be opened; a damaged record is a RecordError when it is read.
     """
 
@@ -105,16 +105,17 @@ def _is_array_record(path: str) -> bool:
 
 
 def _table(file: storage.File) -> np.ndarray:
-    """Places of a shard's records; with offset 0 those of a shard that only array_record's own reader reads."""
+    """Places of a shard's records; with offset 0 those of a shard that array_record's own reader is for."""
+    reader = storage.RangeReader()
     try:
-        return riegeli.record_table(file, storage.RangeReader())
-    except riegeli.NotPlain as e:
-        if storage.is_remote(file.path):
-            raise ValueError(
-                f"{e}; in a bucket only shards with group_size:1 and without compression can be read, as "
-                "launch/pack.py writes them: mount the bucket as a folder (gcsfuse) for others"
-            ) from e
-        return np.zeros(_Readers().count(file), riegeli.ROW)
+        return riegeli.record_table(file, reader)
+    except (riegeli.NotPlain, riegeli.Unreadable):
+        if not storage.is_remote(file.path):
+            return np.zeros(_Readers().count(file), riegeli.ROW)
+    try:
+        return riegeli.record_table(file, reader, plain=False)
+    except riegeli.Unreadable as e:
+        raise ValueError(f"{e}; such shards are not read from buckets: mount it as a folder (gcsfuse)") from e
 
 
 def _manifest(path) -> dict[str, dict] | None:

@@ -1,6 +1,7 @@
 """The kinds of sources by name, as configs and commands give them."""
 
 import inspect
+import re
 from collections.abc import Callable
 
 from eupe_jax.data.sources.array_record import ArrayRecordSource
@@ -13,8 +14,8 @@ from eupe_jax.data.sources.tfds import Tfds
 
 
 def _tfds(path: str, *, data_dir: str | None = None, image_key: str = "image") -> Tfds:
-    name, _, split = path.partition(":")
-    return Tfds(name, split or "train", data_dir, image_key)
+    name, version, split = re.fullmatch(r"([^:]*)(:[\d.*]+)?(?::(.*))?", path, re.DOTALL).groups()
+    return Tfds(name + (version or ""), split or "train", data_dir, image_key)
 
 
 # Those of the first table take a path, the others only options.
@@ -44,9 +45,9 @@ def open_source(kind: str, path: str = "", /, *, field: str = "source", **option
     """The source of one kind at `path`.
 
     kind "array_record": `ArrayRecordSource`, what launch/pack.py writes. "tar": WebDataset shards, `TarShards`.
-    "parquet": Hugging Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT", options as `Tfds`. "images": a folder
-    (also of tar files), `ImageFolder`. "photos": the photographs packaged with scikit-image and scikit-learn.
-    "synthetic": random pictures for smoke tests.
+    "parquet": Hugging Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT" or "NAME:VERSION:SPLIT", options as
+    `Tfds`. "images": a folder (also of tar files), `ImageFolder`. "photos": the photographs packaged with scikit-image
+    and scikit-learn. "synthetic": random pictures for smoke tests.
     field: how errors call the place the arguments come from, e.g. "data.sources.large".
     Raises ValueError, which begins with that field, for an unknown kind or option and for what cannot be opened.
     """
