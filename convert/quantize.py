@@ -1,9 +1,10 @@
-"""int8 linear layers for a phone: which of them to quantise, how, and what it does to the features.
+"""int8 layers for a phone: which of them to quantise, how, and what it does to the features.
 
-Weights are int8 with one scale a channel, symmetric, made here. Activations are int8 with a scale and zero point a
-token, computed while the network runs ("dynamic"), so that no calibration images are needed and no range can be missed.
-Everything between the linear layers stays float. In PyTorch the quantised network computes with the very roundings that
-XNNPACK makes, so that accuracy can be judged, and layers chosen, before anything is exported.
+Weights are int8 with one scale a channel, symmetric, made here. Activations are int8 with a scale and zero point for
+each token (linear layers) or image (convolutions), computed while the network runs ("dynamic"), so that no calibration
+images are needed and no range can be missed. Everything between those layers stays float, and so do depthwise
+convolutions. In PyTorch the quantised network computes with the very roundings that XNNPACK makes, so that accuracy can
+be judged, and layers chosen, before anything is exported.
 """
 
 import copy
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,27 +30,55 @@ from convert import gates  # noqa: E402
 TARGETS = {name: (1 + least) / 2 for name, least in gates.INT8_COSINE.items()}
 
 
-def linear_layers(network: nn.Module) -> list[str]:
-    """Names of the layers that can be int8, in the order in which they run."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+def int8_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that can be int8, in the order in which they were made."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1
+    ]
+
+
+class Int8Conv(nn.Module):
+    """A convolution of an image's activations and of weights in int8, in the operators that XNNPACK recognises."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.bias = conv.bias
+        weight = conv.weight.detach()
+        scale = weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale[:, None, None, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros(len(scale), dtype=torch.int64))
+
+    def forward(self, x_1xCxHxW: Tensor) -> Tensor:
+        ops, byte = torch.ops.quantized_decomposed, (-128, 127, torch.int8)
+        scale, zero = ops.choose_qparams(x_1xCxHxW, -128, 127, 1e-12, torch.int8)
+        x = ops.dequantize_per_tensor(ops.quantize_per_tensor(x_1xCxHxW, scale, zero, *byte), scale, zero, *byte)
+        weight = ops.dequantize_per_channel(self.weight, self.scale, self.zero_point, 0, -127, 127, torch.int8)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 @torch.no_grad()
 def quantize(network: nn.Module, keep_float: Collection[str] = ()) -> nn.Module:
-    """A copy of an export network (`for_export`) whose linear layers are int8, but for those named in `keep_float`.
+    """A copy of an export network (`for_export`) whose layers are int8, but for those named in `keep_float`.
 
     The copy runs in PyTorch and goes through `torch.export.export` and XNNPACK's partitioner like the float one.
 
     Raises:
-      ValueError: `keep_float` names something that is no linear layer of this network.
+      ValueError: `keep_float` names something that is no layer of this network, or none that could be int8.
     """
-    layers = linear_layers(network)
+    layers = int8_layers(network)
     if unknown := sorted(set(keep_float) - set(layers)):
-        raise ValueError(f"keep_float names no linear layer: {', '.join(unknown)}; layers are {', '.join(layers)}")
+        raise ValueError(f"keep_float names no int8 layer: {', '.join(unknown)}; layers are {', '.join(layers)}")
     chosen = set(layers) - set(keep_float)
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
     quantised = copy.deepcopy(network)
-    quantize_(quantised, config, filter_fn=lambda _, name: name in chosen)
+    quantize_(quantised, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and name in chosen)
+    for name in chosen:
+        if isinstance(conv := quantised.get_submodule(name), nn.Conv2d):
+            quantised.set_submodule(name, Int8Conv(conv))
     return quantised
 
 
@@ -68,7 +98,7 @@ def _falls_short(cosines: Mapping[str, float], targets: Mapping[str, float]) -> 
 def choose_float_layers(
     network: nn.Module, images_Nx3xHxW: Tensor, targets: Mapping[str, float] = TARGETS, progress: bool = True
 ) -> dict[str, Any]:
-    """The fewest linear layers to keep float so that features of real images stay close to the float network's.
+    """The fewest layers to keep float so that features of real images stay close to the float network's.
 
     If int8 everywhere misses a target, every layer is measured quantised alone; layers then turn float in the order of
     the harm they do, and the shortest such list that meets the targets is found by bisection.
@@ -89,7 +119,7 @@ def choose_float_layers(
     judged = [name for name in network.outputs if name in targets]
     if not judged:
         raise ValueError(f"none of {', '.join(targets)} is among the network's outputs, {', '.join(network.outputs)}")
-    layers, mixture = linear_layers(network), quantize(network)
+    layers, mixture = int8_layers(network), quantize(network)
     as_float = {name: network.get_submodule(name) for name in layers}
     as_int8 = {name: mixture.get_submodule(name) for name in layers}
     reference = features(network, images_Nx3xHxW)

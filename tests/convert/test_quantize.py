@@ -57,7 +57,7 @@ def _equals_the_runtime(network, layers, side):
 @pytest.mark.parametrize("float_share", [0.0, 0.5])
 def test_the_runtime_computes_what_pytorch_says_in_one_partition(encoder, float_share):
     network = for_export(weights.to_module(encoder), SIDE, SIDE)
-    layers = quantize.linear_layers(network)
+    layers = quantize.int8_layers(network)
     kept = layers[: int(len(layers) * float_share)]
     lowered = _equals_the_runtime(network, kept, SIDE)
     int8 = sum(network.get_submodule(name).weight.numel() for name in layers if name not in kept)
@@ -65,41 +65,46 @@ def test_the_runtime_computes_what_pytorch_says_in_one_partition(encoder, float_
     assert len(lowered.pte) < int8 + 4 * floats + 200_000  # tables of rotary angles, graph
 
 
-def test_a_linear_layer_has_the_roundings_of_the_runtime():
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_layer_has_the_roundings_of_the_runtime(kind):
     from executorch.runtime import Runtime
 
     torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(48, 40)).eval().requires_grad_(False)
-    tokens = torch.randn(1, 9, 48) * torch.logspace(0, 4, 9)[None, :, None]
+    if kind == "linear":  # every token has a scale of its own
+        layer, x = torch.nn.Linear(48, 40), torch.randn(1, 9, 48) * torch.logspace(0, 4, 9)[None, :, None]
+    else:
+        layer, x = torch.nn.Conv2d(24, 40, 2, 2), torch.randn(1, 24, 6, 8) + 0.5
+    layer = torch.nn.Sequential(layer).eval().requires_grad_(False)
     int8 = quantize.quantize(layer)
-    program = lowering.lower({"forward": (int8, (tokens,))}).pte
-    got = Runtime.get().load_program(program).load_method("forward").execute((tokens,))[0]
+    lowered = lowering.lower({"forward": (int8, (x,))})
+    assert lowered.delegation["forward"]["partitions"] == 1 and not lowered.delegation["forward"]["outside"]
+    got = Runtime.get().load_program(lowered.pte).load_method("forward").execute((x,))[0]
     with torch.no_grad():
-        expected, exact = int8(tokens), layer(tokens)
-    size = exact.norm(dim=-1)
-    assert ((got - expected).norm(dim=-1) / size).max() < 1e-5
-    errors = (expected - exact).norm(dim=-1) / size
-    assert 1e-3 < errors.min() and errors.max() < 2e-2  # every token has a scale of its own
+        expected, exact = int8(x), layer(x)
+    channels = -1 if kind == "linear" else 1
+    size = exact.norm(dim=channels)
+    assert ((got - expected).norm(dim=channels) / size).max() < 1e-5
+    errors = (expected - exact).norm(dim=channels) / size
+    assert 1e-3 < errors.min() and errors.max() < 2e-2
 
 
 def test_the_float_network_and_kept_layers_are_left_alone(vit_network):
     before = {name: value.clone() for name, value in vit_network.state_dict().items()}
-    layers = quantize.linear_layers(vit_network)
-    assert len(layers) == 8 and "blocks.1.fc2" in layers
+    layers = quantize.int8_layers(vit_network)
+    assert len(layers) == 9 and "blocks.1.fc2" in layers
     mixed = quantize.quantize(vit_network, ["blocks.1.fc2"])
     assert all(torch.equal(value, before[name]) for name, value in vit_network.state_dict().items())
     for name in layers:
-        same = mixed.get_submodule(name).weight is not None and type(mixed.get_submodule(name).weight) is type(
-            vit_network.get_submodule(name).weight
-        )
-        assert same == (name == "blocks.1.fc2")
+        weight = mixed.get_submodule(name).weight
+        is_float = type(weight) is torch.nn.Parameter and weight.dtype == torch.float32
+        assert is_float == (name == "blocks.1.fc2")
     image = _images(1)
     for a, b in zip(quantize.quantize(vit_network, layers)(image[:1]), vit_network(image[:1]), strict=True):
         assert torch.equal(a, b)
 
 
 def test_unknown_layers_are_refused(vit_network):
-    with pytest.raises(ValueError, match="no linear layer: blocks.9.fc1"):
+    with pytest.raises(ValueError, match="no int8 layer: blocks.9.fc1"):
         quantize.quantize(vit_network, ["blocks.9.fc1", "blocks.0.fc1"])
 
 
@@ -114,7 +119,7 @@ def test_the_sweep_finds_the_layer_that_hurts(outlier_network):
     chosen = quantize.choose_float_layers(outlier_network, _images(2), targets, progress=False)
     assert chosen["float_layers"] == ["blocks.1.proj"]
     assert chosen["cosine_all_int8"]["patches"] < 0.9995 <= chosen["cosine"]["patches"]
-    assert set(chosen["sensitivity"]) == set(quantize.linear_layers(outlier_network))
+    assert set(chosen["sensitivity"]) == set(quantize.int8_layers(outlier_network))
     # the mixture is what `quantize` makes of the list
     reference = quantize.features(outlier_network, _images(2))
     again = quantize.int8_report(
@@ -127,7 +132,7 @@ def test_the_sweep_takes_no_more_layers_than_needed(outlier_network):
     targets = {"cls": 0.999995, "patches": 0.999995}
     chosen = quantize.choose_float_layers(outlier_network, _images(2), targets, progress=False)
     count = len(chosen["float_layers"])
-    assert 1 < count < len(quantize.linear_layers(outlier_network))
+    assert 1 < count < len(quantize.int8_layers(outlier_network))
     assert chosen["float_layers"] == list(chosen["sensitivity"])[:count]
     reference = quantize.features(outlier_network, _images(2))
     fewer = quantize.features(quantize.quantize(outlier_network, chosen["float_layers"][:-1]), _images(2))
@@ -137,7 +142,7 @@ def test_the_sweep_takes_no_more_layers_than_needed(outlier_network):
 
 def test_targets_out_of_reach_leave_everything_float(vit_network):
     chosen = quantize.choose_float_layers(vit_network, _images(1), {"patches": 1 - 1e-12}, progress=False)
-    assert sorted(chosen["float_layers"]) == sorted(quantize.linear_layers(vit_network))
+    assert sorted(chosen["float_layers"]) == sorted(quantize.int8_layers(vit_network))
 
 
 def test_networks_without_the_judged_outputs_are_refused():
