@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert import cli, contract, delegation, gates, lowering, to_torch, weights
+from convert import cli, contract, delegation, gates, lowering, onnx_file, to_torch, weights
 from convert.contract import Size
 from convert.export_modules import for_export
 from eupe_jax.evals.pte import PteProgram, set_threads
@@ -193,6 +193,7 @@ def convert(
     uint8_input: bool = False,
     allow_undelegated: bool = False,
     allow_inaccurate: bool = False,
+    onnx: str | Path | None = None,
 ) -> dict[str, Any]:
     """Exports, gates, measures, then writes `out` and NAME.json; returns what NAME.json holds.
 
@@ -200,9 +201,10 @@ def convert(
       images: folder of photographs for the gates, and for choosing the layers that int8 leaves alone.
       allow_undelegated: writes a program of which XNNPACK takes less than 99% of the FLOPs, too.
       allow_inaccurate: writes an int8 program that strays too far from float, too. Both are noted in the report.
+      onnx: also write the network here as ONNX (one size, fp32), checked in onnxruntime.
 
     Raises:
-      GateError, DelegationError, ValueError, OSError: nothing was written.
+      GateError, DelegationError, ValueError, OSError, ImportError: nothing was written.
     """
     out = Path(out)
     if out.suffix != ".pte":
@@ -215,6 +217,8 @@ def convert(
     for size in sizes.values():  # so that what cannot be is said before the long part
         _network(encoder, module, *size, outputs, uint8_input)
     weights.check_writable(out)
+    if onnx:
+        _check_onnx(Path(onnx), precision, sizes)
     photographs = {name: gates.load_images(images, *size, limit=IMAGES[precision]) for name, size in sizes.items()}
     chosen = choose_float_layers(encoder, photographs[next(iter(sizes))][:4]) if precision == "int8" else {}
     result = export(
@@ -229,13 +233,37 @@ def convert(
             delegation.require(method["delegation"], name)
         method["gates"] = gate(encoder, result.pte, photographs[name], allow_inaccurate=allow_inaccurate)
         method["latency"] = latency(result.pte, sizes[name], threads, runs)
-    _write(out, result.pte, report)
+    files = {out: result.pte}
+    if onnx:
+        ((name, size),) = sizes.items()
+        network = _network(encoder, module, *size, outputs, uint8_input)
+        files[Path(onnx)], report["methods"][name]["gates"]["torch_vs_onnx"] = _onnx(
+            encoder, module, network, photographs[name], uint8_input, contract.constants(report, sizes)
+        )
+    _write(out, files, report)
     return report
 
 
-def _write(out: Path, pte: bytes, report: Mapping[str, Any]) -> None:
+def _check_onnx(path: Path, precision: str, sizes: Mapping[str, tuple[int, int]]) -> None:
+    if path.suffix != ".onnx":
+        raise ValueError(f"--onnx {path}: the name must end in .onnx")
+    if precision != "fp32" or len(sizes) != 1:
+        raise ValueError("--onnx is of one --resolution and of --precision fp32 only")
+    onnx_file.require_installed()
+    weights.check_writable(path)
+
+
+def _onnx(encoder, module, network, images_NxHxWx3, uint8_input, constants) -> tuple[bytes, gates.Report]:
+    pixels = gates.normalise(encoder, images_NxHxWx3)
+    inputs = np.ascontiguousarray((images_NxHxWx3 if uint8_input else pixels).transpose(0, 3, 1, 2))
+    model = onnx_file.export(network, torch.from_numpy(inputs[:1]), constants)
+    reference = gates.torch_features(module, pixels)
+    return model, onnx_file.gate(model, {name: reference[name] for name in network.outputs}, inputs)
+
+
+def _write(out: Path, files: Mapping[Path, bytes], report: Mapping[str, Any]) -> None:
     try:
-        weights.write_files({out.with_suffix(".json"): json.dumps(report, indent=2).encode(), out: pte})
+        weights.write_files({out.with_suffix(".json"): json.dumps(report, indent=2).encode(), **files})
     except OSError as e:  # a full disk names no file
         raise OSError(f"--out {out} could not be written: {e.strerror or e}; nothing written") from None
 
@@ -251,8 +279,10 @@ def summarise(report: Mapping[str, Any]) -> str:
             f"  planned buffers {method['planned_bytes'] / 2**20:.2f} MiB; {speed['median_ms']} ms here "
             f"(median of {speed['runs']} runs, {speed['threads']} threads)"
         )
-        for pair in ("flax_vs_torch", "torch_vs_pte"):
-            figures = method["gates"][pair].items()
+        for pair in ("flax_vs_torch", "torch_vs_pte", "torch_vs_onnx"):
+            figures = method["gates"].get(pair, {}).items()
+            if not figures:
+                continue
             tokens = [f"{n} {f['max_abs']:.2e}, {f['mean_cosine']:.6f}, {f['cosine']:.6f}" for n, f in figures]
             lines.append(f"  {pair.replace('_', ' ')} (max abs, mean and least cosine): {'; '.join(tokens)}")
         if knn := method["gates"].get("int8", {}).get("knn"):
@@ -283,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--outputs", metavar="cls,patches", help="tokens to return, of cls, storage, patches (default: all)")
     add("--backend", default="xnnpack", metavar="xnnpack|portable", help="portable: reference kernels, slow")
     add("--uint8_input", action="store_true", help="take RGB of 0 to 255: normalisation is done by the program")
+    add("--onnx", metavar="FILE.onnx", help="also write the network as ONNX (one size, fp32)")
     add("--images", metavar="DIR", help="photographs for the checks (default: scikit-image's)")
     add("--threads", type=int, default=1, help="threads of the latency measurement (default: 1)")
     add("--runs", type=int, default=20, help="runs of the latency measurement (default: 20)")
@@ -297,14 +328,15 @@ def main(argv: list[str] | None = None) -> int:
             encoder, args.out, sizes, args.backend, args.images, args.threads, args.runs, precision=args.precision,
             outputs=[n.strip() for n in args.outputs.split(",")] if args.outputs else None,
             uint8_input=args.uint8_input, allow_undelegated=args.allow_undelegated,
-            allow_inaccurate=args.allow_inaccurate,
+            allow_inaccurate=args.allow_inaccurate, onnx=args.onnx,
         )  # fmt: skip
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f"error: {cli.one_line(e)}", file=sys.stderr)
         return 1
     print(summarise(report))
     out = Path(args.out)
-    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB) and {out.with_suffix('.json')}")
+    also = f", {args.onnx}" if args.onnx else ""
+    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB) and {out.with_suffix('.json')}{also}")
     return 0
 
 

@@ -220,6 +220,8 @@ def test_evaluations_read_it(vit, written, photographs, tmp_path):
         (["--out", "x.bin"], ".pte"),
         (["--out", "student.safetensors/x.pte"], "student.safetensors"),
         (["--images", "nowhere"], "no such folder"),
+        (["--onnx", "x.bin"], ".onnx"),
+        (["--onnx", "x.onnx", "--resolution", "32,64"], "--onnx is of one --resolution"),
         (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--model", "eupe_vitt17"], "holds 'eupe_vitt16', not 'eupe_vitt17'"),
     ],
@@ -279,6 +281,26 @@ def test_a_full_disk_leaves_no_file(vit, exports, source, photographs, capfd, mo
         refused(command, "--out x.pte could not be written: File too large", capfd, {"student.safetensors"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_onnx_is_written_beside_it(encoder, exports, tmp_path, photographs, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="--onnx needs onnx, onnxscript and onnxruntime")
+    size = {"eupe_vitt16": [(64, 96)], "eupe_convnext_tiny": [(64, 64)]}[encoder.name]
+    result = exports[encoder.name]
+    one = dict([*result.report["methods"].items()][:1])
+    result = to_executorch.ExportResult(result.pte, result.report | {"methods": one})
+    monkeypatch.setattr(to_executorch, "export", lambda *_, **__: result)
+    report = to_executorch.convert(
+        encoder, tmp_path / "x.pte", size, images=photographs, runs=1, onnx=tmp_path / "x.onnx"
+    )
+    (method,) = report["methods"].values()
+    assert method["gates"]["torch_vs_onnx"]["patches"]["max_abs"] < 1e-3
+    assert "torch vs onnx" in to_executorch.summarise(report)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == report["outputs"]
+    inside = json.loads(session.get_modelmeta().custom_metadata_map["eupe_jax"])
+    assert inside["weights_sha256"] == report["weights_sha256"] and inside["resolution"] == [*size[0]]
 
 
 def test_a_failing_gate_writes_nothing(vit, exports, tmp_path, photographs, monkeypatch):
