@@ -16,6 +16,7 @@ import numpy as np
 from eupe_jax.data.host import REASONS, HostConfig, RecordReader
 from eupe_jax.data.mixture import Mixing, Mixture
 from eupe_jax.data.order import hash_words, record_index
+from eupe_jax.data.processes import end_with_parent
 from eupe_jax.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class Loader:
         dataset = grain.MapDataset.range(start_step, sys.maxsize).map(make).to_iter_dataset(read)
         if self._workers:
             _mark_flags_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+            options = grain.MultiprocessingOptions(num_workers=self._workers)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent())
         return _Stream(iter(dataset), list(self._records.names), self.counts)
 
 

@@ -2,6 +2,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -213,6 +215,38 @@ def test_a_dead_worker_is_an_error_and_no_hang(numbered):
         while time.time() - began < 60:
             next(batches)
     batches.close()
+
+
+LOOSE = """
+import os, sys, numpy as np
+from eupe_jax.data.host import HostConfig
+from eupe_jax.data.loader import Loader
+from eupe_jax.data.sources import ArraySource
+
+if __name__ == "__main__":
+    source = ArraySource(np.zeros((8, 16, 16, 3), np.uint8))
+    batches = Loader(source, HostConfig(size=16), batch_size=4, seed=0, threads=1, workers=2).batches()
+    next(batches)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_run(tmp_path):
+    (tmp_path / "run.py").write_text(LOOSE)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py"], start_new_session=True)
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    deadline = time.time() + 30
+    while any(session_of(pid) == process.pid for pid in psutil.pids()):
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def session_of(pid):
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def test_seeds_change_order_and_crops(photos):

@@ -1,0 +1,280 @@
+"""One ArrayRecord shard of a pack: images checked, bounded in size if wanted, written, read back and hashed.
+
+A shard is a function of the source's records and the options: whoever writes it, and however often, it has the same
+bytes.
+"""
+
+import errno
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from eupe_jax.data.decode import BrokenRecord, Picture, naming, open_picture
+from eupe_jax.data.sources.base import Record, RecordError, Source
+from eupe_jax.data.sources.record_codec import pack_record, unpack_record
+
+# One record a chunk, so that a random access reads nothing else; images are compressed already.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What is done to images.
+
+    max_side: bound on the longest or shortest `side` in pixels; larger images are shrunk to it, upright, and stored as
+      JPEG of `quality` without metadata. Smaller ones, and all of them where it is 0, are stored byte for byte.
+    check: what is read of images that are stored as they are: "header" (of a JPEG; other formats are decoded), or
+      "decode", every pixel. max_pixels: more than that count as broken.
+    """
+
+    max_side: int = 0
+    side: Literal["longest", "shortest"] = "longest"
+    quality: int = 90
+    check: Literal["header", "decode"] = "header"
+    max_pixels: int = 80_000_000
+
+    def __post_init__(self):
+        if self.max_side < 0:
+            raise ValueError(f"max_side must be 0 (images as they are) or positive, got {self.max_side}")
+        if self.side not in ("longest", "shortest"):
+            raise ValueError(f"side must be 'longest' or 'shortest', got {self.side!r}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be in 1..100, got {self.quality}")
+        if self.check not in ("header", "decode"):
+            raise ValueError(f"check must be 'header' or 'decode', got {self.check!r}")
+
+
+class Shard(NamedTuple):
+    """file: its name. first, stop: the source's records that it holds."""
+
+    file: str
+    first: int
+    stop: int
+
+
+class BrokenImages(ValueError):
+    """More images than allowed are broken; the message lists them."""
+
+
+def prepare(record: Record, options: ImageOptions) -> tuple[bytes, bool]:
+    """The image as it is stored, and whether it was encoded anew. Raises BrokenRecord, which names the record."""
+    with naming(record):
+        picture = open_picture(record.data, options.max_pixels)
+        side = (max if options.side == "longest" else min)(picture.width, picture.height)
+        if options.max_side and side > options.max_side:
+            return _encode(_shrink(picture, options.max_side / side), "JPEG", quality=options.quality), True
+        if isinstance(record.data, np.ndarray):
+            return _encode(Image.fromarray(picture.decode(1)), "PNG"), True
+        if options.check == "decode":
+            picture.decode(1)
+        return bytes(record.data), False
+
+
+def _shrink(picture: Picture, factor: float) -> Image.Image:
+    """At `factor` of its size. A JPEG is decoded at no less than twice the result, which cannot be told by eye."""
+    scale = max(n for n in (1, 2, 4, 8) if n == 1 or (picture.can_shrink and n * factor <= 0.5))
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return Image.fromarray(picture.decode(scale)).resize(size, Image.Resampling.LANCZOS)
+
+
+def _encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_shard(
+    source: Source,
+    shard: Shard,
+    options: ImageOptions,
+    folder: Path,
+    temporary: Path,
+    *,
+    roots: tuple[str, ...],
+    keep_broken: bool,
+    most_broken: int,
+    tick: Callable[[int], None],
+) -> dict:
+    """Writes one shard into `folder` and returns what the manifest says of it.
+
+    It is written to `temporary`, read back, flushed to the disk and only then renamed; `temporary` is gone afterwards
+    in any case. roots: folders that names of records are given relative to, the first that fits. keep_broken: whether
+    broken images are stored as they are or left out. tick: called with the bytes of every record once it is done.
+    Raises BrokenImages, OSError (disk full, unreadable source), and what `tick` raises.
+    """
+    sums, broken, encoded = [], [], 0
+    try:
+        with _Writer(temporary) as writer:
+            for index in range(shard.first, shard.stop):
+                record, problem = _read(source, index)
+                name = _relative(record.name, roots)
+                data, anew = record.data, False
+                if problem is None:
+                    try:
+                        data, anew = prepare(record, options)
+                    except BrokenRecord as e:
+                        problem = e
+                if problem is not None:
+                    broken.append({"index": index, "name": name, "kind": problem.kind, "reason": problem.reason})
+                    check_broken(broken, most_broken)
+                    if keep_broken and not isinstance(data, bytes):
+                        raise ValueError(f"{problem}: it cannot be kept, for there is no file to keep; leave it out")
+                size = 0
+                if problem is None or keep_broken:
+                    packed = pack_record(name, data)
+                    writer.write(packed)
+                    sums.append(packed[-4:])
+                    encoded, size = encoded + anew, len(packed)
+                tick(size)
+        _read_back(temporary, sums)
+        entry = {
+            "file": shard.file,
+            "first": shard.first,
+            "stop": shard.stop,
+            "records": len(sums),
+            "encoded_anew": encoded,
+            "bytes": temporary.stat().st_size,
+            "sha256": _sha256(temporary),
+            "broken": broken,
+        }
+        flush(temporary)
+        os.replace(temporary, folder / shard.file)
+        flush(folder)
+        return entry
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(source: Source, index: int) -> tuple[Record, BrokenRecord | None]:
+    try:
+        return source[index], None
+    except RecordError as e:
+        return Record(None, e.name), BrokenRecord(e.name, e.reason, "unreadable")
+
+
+def _relative(name: str, roots: tuple[str, ...]) -> str:
+    """Without the folder that everything is in: the same images elsewhere make the same shards."""
+    return next((name[len(root) :] for root in roots if root and name.startswith(root)), name)
+
+
+def check_broken(broken: list[dict], most: int) -> None:
+    """Raises BrokenImages, which lists them, when there are more than `most`."""
+    if len(broken) <= most:
+        return
+    names = "; ".join(f"{b['name']} ({b['reason']})" for b in broken[:20])
+    raise BrokenImages(
+        f"more broken images than --max_broken_fraction allows ({most}); look at them, then raise it or choose "
+        f"--on_broken=drop or keep (finished shards stay): {names}"
+        + (f"; and {len(broken) - 20} more" if len(broken) > 20 else "")
+    )
+
+
+class _Writer:
+    """array_record's writer, whose errors are OSErrors that name the file."""
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # says what is wrong with the place
+        self._writer = self._call(ArrayRecordWriter, str(path), WRITER_OPTIONS)
+
+    def _call(self, function: Callable, *arguments):
+        try:
+            return function(*arguments)
+        except RuntimeError as e:
+            if "No space left" in str(e):
+                text = "the disk is full; finished shards are kept: make room and run the same command again"
+                raise OSError(errno.ENOSPC, text, str(self._path.parent)) from e
+            raise OSError(f"{self._path} cannot be written: {e}") from e
+
+    def write(self, record: bytes) -> None:
+        self._call(self._writer.write, record)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self._call(self._writer.close)
+        except OSError:
+            if error is None:
+                raise
+
+
+def _open(path: Path):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+
+
+def _read_back(path: Path, sums: list[bytes]) -> None:
+    reader = _open(path)
+    if not reader.ok() or reader.num_records() != len(sums):
+        raise OSError(f"{path} does not read back as it was written: run the same command again")
+    for number, expected in enumerate(sums):
+        data = reader.read([number])[0]
+        unpack_record(data, f"{path}[{number}]")  # computes its checksum
+        if data[-4:] != expected:
+            raise OSError(f"{path}[{number}] does not read back as it was written: run the same command again")
+    reader.close()
+
+
+def find_damage(folder: Path, entry: dict, options: ImageOptions, tick: Callable[[int], None]) -> list[str]:
+    """What is wrong with a finished shard, one line a finding: the file as a whole, then every damaged record.
+
+    Broken images that were kept are none. tick: called with the bytes of every record.
+    """
+    path = folder / entry["file"]
+    if not path.is_file():
+        return [f"{entry['file']}: missing"]
+    found = []
+    if path.stat().st_size != entry["bytes"]:
+        found.append(f"{entry['file']}: {path.stat().st_size} bytes, should be {entry['bytes']}")
+    elif _sha256(path) != entry["sha256"]:
+        found.append(f"{entry['file']}: sha256 differs from the manifest's")
+    reader = _open(path)
+    if not reader.ok():
+        return [*found, f"{entry['file']}: not a whole ArrayRecord file"]
+    if reader.num_records() != entry["records"]:
+        return [*found, f"{entry['file']}: {reader.num_records()} records, should be {entry['records']}"]
+    kept = {b["index"] - entry["first"] for b in entry["broken"]} if _keeps(entry) else set()
+    for number in range(entry["records"]):
+        size = 0
+        try:
+            data = reader.read([number])[0]
+            size = len(data)
+            record = unpack_record(data, f"{entry['file']}[{number}]")
+            if number not in kept:
+                with naming(record):
+                    open_picture(record.data, options.max_pixels)
+        except (RuntimeError, RecordError, BrokenRecord) as e:
+            found.append(f"{entry['file']}[{number}]: {getattr(e, 'reason', e)}")
+        tick(size)
+    return found
+
+
+def _keeps(entry: dict) -> bool:
+    return entry["records"] == entry["stop"] - entry["first"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
