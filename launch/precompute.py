@@ -3,11 +3,13 @@
 python launch/precompute.py --config=configs/quickstart.py:stage1 --out=runs/quickstart/features --views=2
 
 Training then names the folder, --config.data.feature_cache=runs/quickstart/features, and needs these teachers no more.
-The same command resumes; with --verify it also reads a finished cache back, every byte.
+The same command resumes. With --verify the finished cache is read back, every byte; --out=FOLDER --verify alone checks
+one that is there.
 """
 
 from absl import flags
 
+from eupe_jax.data.feature_cache import FeatureCache
 from eupe_jax.data.feature_codec import PRECISIONS
 from eupe_jax.training.precompute import precompute
 from launch import cli
@@ -22,8 +24,8 @@ TEACHERS = flags.DEFINE_list("teachers", [], "names of the config's teachers to 
 VERIFY = flags.DEFINE_bool("verify", False, "read the finished cache back and name what is damaged")
 
 
-def main() -> None:
-    cache = precompute(
+def build() -> FeatureCache:
+    return precompute(
         cli.require(CONFIG, "config"),
         cli.require(OUT, "out"),
         views=VIEWS.value,
@@ -32,6 +34,11 @@ def main() -> None:
         records=RECORDS.value,
         teachers=TEACHERS.value,
     )
+
+
+def main() -> None:
+    only_verify = VERIFY.value and CONFIG.value is None
+    cache = FeatureCache(cli.require(OUT, "out")) if only_verify else build()
     if VERIFY.value and (damaged := cache.verify()):
         print("\n".join(damaged))
         raise ValueError(f"{OUT.value}: {len(damaged)} parts of the feature cache are damaged: build it again")

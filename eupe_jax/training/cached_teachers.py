@@ -40,7 +40,7 @@ def open_cache(config: ConfigDict) -> FeatureCache | None:
     folder = config.data.feature_cache
     if not folder:
         return None
-    cache = FeatureCache(folder)
+    cache = FeatureCache(folder, threads=config.data.threads)
     held = [name for name in config.teachers if name in cache.teachers]
     if not held:
         raise ValueError(
