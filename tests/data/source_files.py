@@ -103,3 +103,22 @@ def write_saved(folder: Path, images: dict[str, bytes], parts: int = 2) -> Path:
                 stream.write_table(table, max_chunksize=2)
     (folder / "state.json").write_text(json.dumps({"_data_files": files}))
     return folder
+
+
+def prepare_tfds(folder, name, version, features, examples, file_format="array_record"):
+    """A data set as tfds itself lays it out, under any name, public ones included."""
+    import tensorflow_datasets as tfds
+
+    def info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    body = {
+        "name": name,
+        "VERSION": tfds.core.Version(version),
+        "pkg_dir_path": folder,  # where it looks for its metadata; this builder lives in no package
+        "_info": info,
+        "_split_generators": lambda self, manager: {s: self._generate_examples(s) for s in examples},
+        "_generate_examples": lambda self, split: ((str(i), e) for i, e in enumerate(examples[split])),
+    }
+    builder = type("Builder", (tfds.core.GeneratorBasedBuilder,), body, skip_registration=True)
+    builder(data_dir=folder, file_format=file_format).download_and_prepare()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from source_files import prepare_tfds
 
 from eupe_jax.data.host import BrokenRecord, HostConfig, decode
 from eupe_jax.data.loader import Loader
@@ -96,27 +97,9 @@ def tfds():
     return pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
 
 
-def prepare(tfds, folder, name, version, features, examples, file_format="array_record"):
-    """A data set as tfds itself lays it out, under any name, public ones included."""
-
-    def info(self):
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-    body = {
-        "name": name,
-        "VERSION": tfds.core.Version(version),
-        "pkg_dir_path": folder,  # where it looks for its metadata; this builder lives in no package
-        "_info": info,
-        "_split_generators": lambda self, manager: {s: self._generate_examples(s) for s in examples},
-        "_generate_examples": lambda self, split: ((str(i), e) for i, e in enumerate(examples[split])),
-    }
-    builder = type("Builder", (tfds.core.GeneratorBasedBuilder,), body, skip_registration=True)
-    builder(data_dir=folder, file_format=file_format).download_and_prepare()
-
-
 def test_tfds_split_without_tensorflow(tfds, tmp_path, picture, encode):
     images = [{"image": encode(np.full_like(picture, 40 * i + 10))} for i in range(3)]
-    prepare(tfds, tmp_path, "tiny", "1.0.0", {"image": tfds.features.Image()}, {"train": images})
+    prepare_tfds(tmp_path, "tiny", "1.0.0", {"image": tfds.features.Image()}, {"train": images})
     source = Tfds("tiny", "train", data_dir=str(tmp_path))
     source = pickle.loads(pickle.dumps(source))
     assert len(source) == 3 and isinstance(source[0].data, bytes) and source[2].name == "tiny/train[2]"
@@ -149,7 +132,7 @@ def test_imagenet2012_by_its_name(tfds, tmp_path, picture, encode):
         ]
         for split, count in (("train", 6), ("validation", 2))
     }
-    prepare(tfds, tmp_path, "imagenet2012", "5.1.0", features, splits)
+    prepare_tfds(tmp_path, "imagenet2012", "5.1.0", features, splits)
     source = open_source("tfds", "imagenet2012", data_dir=str(tmp_path))
     assert sorted(int(decode(source[i]).mean()) for i in range(6)) == [0, 20, 40, 60, 80, 100]
     assert len(open_source("tfds", "imagenet2012:validation", data_dir=str(tmp_path))) == 2

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from source_files import make_images, write_array_records, write_folder, write_parquet, write_tars
+from source_files import make_images, prepare_tfds, write_array_records, write_folder, write_parquet, write_tars
 
 from eupe_jax.data.sources import RecordError, open_source, storage
 from eupe_jax.data.sources.record_codec import pack_record
@@ -173,6 +173,30 @@ def test_shards_of_others(bucket, tmp_path):
     put(f"{bucket}/t/x.array_record", next((tmp_path / "t").iterdir()).read_bytes())
     with pytest.raises(ValueError, match="x.array_record: its records are transposed; .*mount it as a folder .gcsfuse"):
         open_source("array_record", f"{bucket}/t")
+
+
+def test_tfds_in_a_bucket(bucket, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+    pictures = [{"image": IMAGES[n], "label": i} for i, n in enumerate(["0001.jpg", "0005.jpg", "0007.jpg"])]
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=1000)}
+    for version, count in (("5.1.0", 3), ("5.0.0", 1)):
+        splits = {"train": pictures[:count], "validation": pictures[:1]}
+        prepare_tfds(tmp_path, "imagenet2012", version, features, splits)
+    for file in (tmp_path / "imagenet2012").rglob("*"):
+        if file.is_file():
+            put(f"{bucket}/tfds/{file.relative_to(tmp_path)}", file.read_bytes())
+    near = open_source("tfds", "imagenet2012:5.1.0:train", data_dir=str(tmp_path))
+    far = open_source("tfds", "imagenet2012", data_dir=f"{bucket}/tfds")
+    assert data(far) == data(near) and len(far) == 3
+    assert len(open_source("tfds", "imagenet2012:5.0.0:train", data_dir=f"{bucket}/tfds")) == 1
+    for path, message in [
+        ("imagenet2012:val", "no split 'val', only 'train', 'validation'"),
+        ("imagenet2012:9.9.9:train", r"no version '9.9.9', only \['5.0.0', '5.1.0'\]"),
+        ("gone", "tfds/gone: no such file or folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_source("tfds", path, data_dir=f"{bucket}/tfds")
+    assert "tensorflow" not in sys.modules
 
 
 class _Refusing:

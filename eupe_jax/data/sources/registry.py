@@ -1,7 +1,6 @@
 """The kinds of sources by name, as configs and commands give them."""
 
 import inspect
-import re
 from collections.abc import Callable
 
 from eupe_jax.data.sources.array_record import ArrayRecordSource
@@ -10,13 +9,7 @@ from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import PackagedPhotos, synthetic
 from eupe_jax.data.sources.parquet import Parquet
 from eupe_jax.data.sources.tar_shards import TarShards
-from eupe_jax.data.sources.tfds import Tfds
-
-
-def _tfds(path: str, *, data_dir: str | None = None, image_key: str = "image") -> Tfds:
-    name, version, split = re.fullmatch(r"([^:]*)(:[\d.*]+)?(?::(.*))?", path, re.DOTALL).groups()
-    return Tfds(name + (version or ""), split or "train", data_dir, image_key)
-
+from eupe_jax.data.sources.tfds import open_tfds
 
 # Those of the first table take a path, the others only options.
 _WITH_PATH: dict[str, Callable[..., Source]] = {
@@ -24,7 +17,7 @@ _WITH_PATH: dict[str, Callable[..., Source]] = {
     "images": ImageFolder,
     "tar": TarShards,
     "parquet": Parquet,
-    "tfds": _tfds,
+    "tfds": open_tfds,
 }
 _WITHOUT_PATH: dict[str, Callable[..., Source]] = {"photos": PackagedPhotos, "synthetic": synthetic}
 
@@ -45,9 +38,9 @@ def open_source(kind: str, path: str = "", /, *, field: str = "source", **option
     """The source of one kind at `path`.
 
     kind "array_record": `ArrayRecordSource`, what launch/pack.py writes. "tar": WebDataset shards, `TarShards`.
-    "parquet": Hugging Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT" or "NAME:VERSION:SPLIT", options as
-    `Tfds`. "images": a folder (also of tar files), `ImageFolder`. "photos": the photographs packaged with scikit-image
-    and scikit-learn. "synthetic": random pictures for smoke tests.
+    "parquet": Hugging Face datasets on disk, `Parquet`. "tfds": "NAME:SPLIT", `open_tfds`. "images": a folder (also of
+    tar files), `ImageFolder`. "photos": the photographs packaged with scikit-image and scikit-learn. "synthetic":
+    random pictures for smoke tests.
     field: how errors call the place the arguments come from, e.g. "data.sources.large".
     Raises ValueError, which begins with that field, for an unknown kind or option and for what cannot be opened.
     """

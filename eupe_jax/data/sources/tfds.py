@@ -1,17 +1,47 @@
 """TensorFlow Datasets, without TensorFlow."""
 
+import posixpath
+import re
+
 import numpy as np
 
-from eupe_jax.data.sources.base import Record, RecordError, digest_of, in_range
+from eupe_jax.data.sources import storage
+from eupe_jax.data.sources.array_record import ArrayRecordSource
+from eupe_jax.data.sources.base import Record, RecordError, Source, digest_of, in_range
 
 _PREPARE = "prepare it once with file_format='array_record' (tfds build, or download_and_prepare)"
+
+
+def open_tfds(path: str, *, data_dir: str | None = None, image_key: str = "image") -> Source:
+    """A split by its name, "NAME:SPLIT" or "NAME:VERSION:SPLIT" (split "train" where there is none).
+
+    data_dir: as in `Tfds`, or in a bucket, whose ArrayRecord shards are then read by byte ranges.
+    """
+    name, version, split = re.fullmatch(r"([^:]*)(:[\d.*]+)?(?::(.*))?", path, re.DOTALL).groups()
+    if data_dir is None or not storage.is_remote(data_dir):
+        return Tfds(name + (version or ""), split or "train", data_dir, image_key)
+    folder = posixpath.join(data_dir, name)
+    versions = {posixpath.dirname(f.path) for f in storage.find(folder, _is_info, "prepared versions")}
+    of_number = {posixpath.basename(v): v for v in versions if posixpath.dirname(v) == folder}
+    number = version[1:] if version else max(of_number, key=_version_key, default="")
+    if number not in of_number:
+        raise ValueError(f"{folder} has no version {number!r}, only {sorted(of_number)}")
+    return ArrayRecordSource(of_number[number], key=image_key, split=split or "train")
+
+
+def _is_info(path: str) -> bool:
+    return posixpath.basename(path) == "dataset_info.json"
+
+
+def _version_key(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version)]
 
 
 class Tfds:
     """A prepared TensorFlow Datasets split, read as ArrayRecord without TensorFlow; images stay encoded until decoded.
 
     name: e.g. "imagenet2012" or "imagenet2012:5.1.0"; split, e.g. "train" or "train[:10%]", data_dir: as in
-    `tfds.data_source` (default: tfds' own, ~/tensorflow_datasets).
+    `tfds.data_source` (default: tfds' own, ~/tensorflow_datasets; a local folder).
     Raises ValueError when the split cannot be opened or has no image feature `image_key`.
     """
 
