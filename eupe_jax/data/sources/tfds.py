@@ -18,8 +18,8 @@ def open_tfds(path: str, *, data_dir: str | None = None, image_key: str = "image
     data_dir: as in `Tfds`, or in a bucket, whose ArrayRecord shards are then read by byte ranges.
     """
     name, version, split = re.fullmatch(r"([^:]*)(:[\d.*]+)?(?::(.*))?", path, re.DOTALL).groups()
-    if data_dir is None or not storage.is_remote(data_dir):
-        return Tfds(name + (version or ""), split or "train", data_dir, image_key)
+    if not storage.is_remote(data_dir or ""):
+        return Tfds(name + (version or ""), split or "train", data_dir or None, image_key)
     folder = posixpath.join(data_dir, name)
     versions = {posixpath.dirname(f.path) for f in storage.find(folder, _is_info, "prepared versions")}
     of_number = {posixpath.basename(v): v for v in versions if posixpath.dirname(v) == folder}
