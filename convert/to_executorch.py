@@ -69,7 +69,7 @@ def export(
     module = weights.to_module(encoder)
     networks, methods = {}, {}
     for name, (height, width) in sizes.items():
-        network = _network(encoder, module, height, width, outputs, uint8_input)
+        network = _network(encoder, module, height, width, outputs, uint8_input, precision)
         image = torch.zeros(1, 3, height, width, dtype=torch.uint8 if uint8_input else torch.float32)
         with torch.no_grad():
             shapes = [list(output.shape) for output in network(image)]
@@ -109,10 +109,11 @@ def _sizes(encoder: LoadedEncoder, resolution: Size | list[Size] | None) -> dict
     return {contract.method_name(*size): size for size in sizes}
 
 
-def _network(encoder, module, height, width, outputs, uint8_input):
+def _network(encoder, module, height, width, outputs=None, uint8_input=False, precision="fp32"):
     return for_export(
-        module, height, width, outputs=outputs, uint8_input=uint8_input, mean=encoder.mean, std=encoder.std
-    )
+        module, height, width, outputs=outputs, uint8_input=uint8_input, mean=encoder.mean, std=encoder.std,
+        linear=precision == "int8",
+    )  # fmt: skip
 
 
 def _quantize(network, float_layers):
@@ -125,7 +126,7 @@ def choose_float_layers(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray) -> d
     """The linear layers that int8 has to leave alone, measured on uint8 images (quantize.choose_float_layers)."""
     from convert import quantize
 
-    network = for_export(weights.to_module(encoder), *images_NxHxWx3.shape[1:3])
+    network = _network(encoder, weights.to_module(encoder), *images_NxHxWx3.shape[1:3], precision="int8")
     pixels = gates.normalise(encoder, images_NxHxWx3).transpose(0, 3, 1, 2)
     return quantize.choose_float_layers(network, torch.from_numpy(np.ascontiguousarray(pixels)))
 
