@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this script's folder holds a file of the name of a package: executorch
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this script's folder, which holds a file of the name of a package: executorch
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 
@@ -28,6 +29,7 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -59,7 +61,7 @@ Record = dict[str, Any]
 
 def take_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: float, label: str) -> dict[Any, list]:
     """Milliseconds of every run, after a warm-up: all of them in turn, `rounds` times or until `seconds` have passed
-    (then at least three)."""
+    (then at least three). Pairs: of the wall clock, and of this process on all its processors."""
     pause = 0.005 if torch.get_num_threads() > 1 else 0  # threads of the run before may still spin
     for run in runs.values():
         run()
@@ -70,15 +72,23 @@ def take_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: f
             break
         for name, run in runs.items():
             time.sleep(pause)
-            begin = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             run()
-            found[name].append(1e3 * (time.perf_counter() - begin))
+            found[name].append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
     return found
 
 
-def spread(times: list[float]) -> Record:
-    p10, median, p90 = np.percentile(times, [10, 50, 90])
-    return {"median_ms": round(median, 3), "p10_ms": round(p10, 3), "p90_ms": round(p90, 3), "runs": len(times)}
+def spread(times: list[tuple[float, float]]) -> Record:
+    (p10, median, p90), cpu = np.percentile([t for t, _ in times], [10, 50, 90]), np.median([c for _, c in times])
+    found = {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "cpu_ms": cpu}
+    return {name: round(float(value), 3) for name, value in found.items()} | {"runs": len(times)}
+
+
+def flops(module: torch.nn.Module, image: torch.Tensor) -> int:
+    """Floating-point operations of the matrix products and convolutions, two a multiply-add."""
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(image)
+    return counter.get_total_flops()
 
 
 def measure(encoder, module: torch.nn.Module, side: int, threads: int, args: argparse.Namespace) -> list[Record]:
@@ -87,9 +97,9 @@ def measure(encoder, module: torch.nn.Module, side: int, threads: int, args: arg
     set_threads(threads)
     exports = runtimes.Exports(encoder, module, side, args.workdir)
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode():
         expected = [value for value in module(image).values() if value.numel()]
-    flops, field, what = counter.get_total_flops(), {}, f"{encoder.name} {side} px"
+    operations, field, what = flops(module, image), {}, f"{encoder.name} {side} px"
     for precision in args.precisions:
         for runtime in args.runtimes:
             if precision == "int8" and runtime not in runtimes.INT8:
@@ -102,7 +112,8 @@ def measure(encoder, module: torch.nn.Module, side: int, threads: int, args: arg
     for (runtime, precision), contender in field.items():
         record = {"model": encoder.name, "resolution": side, "precision": precision, "runtime": runtime}
         record |= {"threads": threads} | spread(times[runtime, precision]) | {"delegated_flops": None}
-        record |= {"gflops_per_s": round(flops / 1e6 / record["median_ms"], 1), "gflops": round(flops / 1e9, 3)}
+        record["gflops"] = round(operations / 1e9, 3)
+        record["gflops_per_s"] = round(operations / 1e6 / record["median_ms"], 1)
         records.append(record | contender.facts | agreement[runtime, precision] | {"load": os.getloadavg()[0]})
     if isinstance(module, torch_vit.VisionTransformer) and args.bound and ("executorch", "fp32") in field:
         ours = next(r for r in records if (r["runtime"], r["precision"]) == ("executorch", "fp32"))
@@ -127,14 +138,16 @@ def _agreement(expected: list[torch.Tensor], got: Any) -> Record:
 
 def bound(vit: torch_vit.VisionTransformer, side: int, threads: int, run: Callable, args: argparse.Namespace) -> Record:
     """Milliseconds of the model's matrix products in the fastest library for each shape, and of the model, which takes
-    its turn in between."""
-    total, model, best = 0.0, [], {}
+    its turn in between. On one thread of processor time, which other programs of the machine lengthen least."""
+    total, model, best, clock = 0.0, [], {}, 1 if threads == 1 else 0
     for shape, count in matmul_bound.shapes(vit, side).items():
         label = "x".join(map(str, shape))
         field = {**matmul_bound.contenders(shape, threads), "model": run}
         times = take_turns(field, args.runs, args.seconds / 7, f"products {label}, {threads} threads")
-        model += times.pop("model")
-        medians = {name: float(np.median(t)) / matmul_bound.COPIES for name, t in times.items()}
+        model += [pair[clock] for pair in times.pop("model")]
+        medians = {
+            name: float(np.median([pair[clock] for pair in t])) / matmul_bound.COPIES for name, t in times.items()
+        }
         name = min(medians, key=medians.__getitem__)
         total += count * medians[name]
         best[label] = {"count": count, "library": name} | {f"{k}_ms": round(v, 4) for k, v in medians.items()}

@@ -7,6 +7,7 @@ versions of the libraries, so that a second benchmark only measures.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -113,8 +114,10 @@ class Exports:
         def quantise(path: Path) -> dict[str, Any]:
             from onnxruntime import quantization
 
+            logging.disable(logging.WARNING)  # advice to simplify a graph that the exporter has simplified
             source, _ = self.onnx("fp32")
             quantization.quantize_dynamic(source, path, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"])
+            logging.disable(logging.NOTSET)
             return {}
 
         return self._kept("int8.onnx", quantise)
