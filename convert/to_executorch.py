@@ -54,10 +54,10 @@ def export(
     Args:
       resolution: side, or (height, width), in pixels, or a list of such for a method each; default the encoder's own.
       backend: "xnnpack", or "portable" (reference kernels only: slow, runs anywhere).
-      precision: "fp32", or "int8" for the linear layers.
+      precision: "fp32", or "int8" for linear layers and convolutions.
       outputs: which of "cls", "storage", "patches" methods return; default all that the encoder has.
       uint8_input: methods take RGB of 0 to 255, normalisation is done by the program.
-      float_layers: linear layers that int8 leaves alone (quantize.choose_float_layers).
+      float_layers: those that int8 leaves alone (quantize.choose_float_layers).
 
     Raises:
       ValueError: unknown backend or precision, an encoder that does not convert, outputs it does not have, a size that
@@ -69,7 +69,7 @@ def export(
     module = weights.to_module(encoder)
     networks, methods = {}, {}
     for name, (height, width) in sizes.items():
-        network = _network(encoder, module, height, width, outputs, uint8_input, precision)
+        network = _network(encoder, module, height, width, outputs, uint8_input)
         image = torch.zeros(1, 3, height, width, dtype=torch.uint8 if uint8_input else torch.float32)
         with torch.no_grad():
             shapes = [list(output.shape) for output in network(image)]
@@ -109,10 +109,10 @@ def _sizes(encoder: LoadedEncoder, resolution: Size | list[Size] | None) -> dict
     return {contract.method_name(*size): size for size in sizes}
 
 
-def _network(encoder, module, height, width, outputs=None, uint8_input=False, precision="fp32"):
+def _network(encoder, module, height, width, outputs=None, uint8_input=False):
     return for_export(
         module, height, width, outputs=outputs, uint8_input=uint8_input, mean=encoder.mean, std=encoder.std,
-        linear=precision == "int8",
+        linear=False,  # 1x1 convolutions are faster in both precisions
     )  # fmt: skip
 
 
@@ -123,10 +123,10 @@ def _quantize(network, float_layers):
 
 
 def choose_float_layers(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray) -> dict[str, Any]:
-    """The linear layers that int8 has to leave alone, measured on uint8 images (quantize.choose_float_layers)."""
+    """The layers that int8 has to leave alone, measured on uint8 images (quantize.choose_float_layers)."""
     from convert import quantize
 
-    network = _network(encoder, weights.to_module(encoder), *images_NxHxWx3.shape[1:3], precision="int8")
+    network = _network(encoder, weights.to_module(encoder), *images_NxHxWx3.shape[1:3])
     pixels = gates.normalise(encoder, images_NxHxWx3).transpose(0, 3, 1, 2)
     return quantize.choose_float_layers(network, torch.from_numpy(np.ascontiguousarray(pixels)))
 

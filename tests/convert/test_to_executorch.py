@@ -98,7 +98,9 @@ def test_flops_are_counted(exports):
     tokens = patches + 5
     block = 2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim
     expected = 2 * patches * 768 * dim + VIT["depth"] * block
-    assert exports["eupe_vitt16"].report["methods"]["encode_64x96"]["delegation"]["flops"] == expected
+    norms = 2 * (2 * VIT["depth"] + 1) * tokens * dim  # at most: their means may be matrix products
+    counted = exports["eupe_vitt16"].report["methods"]["encode_64x96"]["delegation"]["flops"]
+    assert expected <= counted <= expected + norms < 1.02 * expected
 
 
 def test_sizes_share_their_weights(vit, exports):
