@@ -62,7 +62,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike, *, threads: int = 4):
         if "://" in os.fspath(folder):
-            raise ValueError(f"{folder}: a feature cache is read from a local folder or a mount (gcsfuse), not a bucket")
+            raise ValueError(f"{folder}: a feature cache is read from a local folder or a mount, not a bucket")
         self.folder = Path(folder)
         if (self.folder / PROGRESS).is_file() and not (self.folder / MANIFEST).is_file():
             shards = read_manifest(self.folder / PROGRESS)
@@ -71,31 +71,37 @@ class FeatureCache:
         if not (self.folder / MANIFEST).is_file():
             raise FileNotFoundError(f"no feature cache in {folder} ({MANIFEST} is missing)")
         self.manifest = read_manifest(self.folder / MANIFEST)
-        self.recipe = self.manifest["recipe"]
-        self.records, self.views = self.recipe["records"], self.recipe["views"]
-        self.fingerprint = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
-        self.teachers = {name: _spec(facts) for name, facts in self.recipe["teachers"].items()}
-        self.entry_count = self.records * self.views
-        self._shards = self.manifest["shards"]
-        for shard in self._shards:
-            self._check_size(shard)
-        self._ends = np.cumsum([shard["records"] for shard in self._shards])
-        if not len(self._ends) or self._ends[-1] != self.entry_count:
-            raise ValueError(f"{folder}: the manifest's shards hold {self._ends[-1:]} of {self.entry_count} entries")
+        try:
+            self._take(self.manifest["recipe"], self.manifest["shards"])
+        except (KeyError, TypeError, AttributeError) as error:
+            wrong = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.folder / MANIFEST}: not as it was written ({wrong}): build it again") from error
         self._reader = lru_cache(maxsize=256)(self._open)
         self._threads = threads
-        self._layout = self._shapes(self.recipe["host"]["size"])
+
+    def _take(self, recipe: dict, shards: list[dict]) -> None:
+        self.recipe, self._shards = recipe, shards
+        self.records, self.views = recipe["records"], recipe["views"]
+        self.fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        self.teachers = {name: _spec(facts) for name, facts in recipe["teachers"].items()}
+        self.entry_count = self.records * self.views
+        for shard in shards:
+            self._check_size(shard)
+        self._ends = np.cumsum([shard["records"] for shard in shards])
+        if not shards or self._ends[-1] != self.entry_count:
+            raise ValueError(f"{self.folder}: the manifest's shards do not hold {self.entry_count} entries")
+        self._layout = self._shapes(recipe["host"]["size"])
 
     def _check_size(self, shard: Mapping) -> None:
-        path, cure = self.folder / shard["file"], "copy the feature cache again, or build it again"
+        path, cure = self.folder / os.path.basename(shard["file"]), "copy the feature cache again, or build it again"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {cure}")
         if (size := path.stat().st_size) != shard["bytes"]:
             raise ValueError(f"{path} has {size} bytes, not {shard['bytes']}: {cure}")
 
     def _open(self, shard: int) -> array_record_module.ArrayRecordReader:
-        path = str(self.folder / self._shards[shard]["file"])
-        return array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
+        path = self.folder / os.path.basename(self._shards[shard]["file"])
+        return array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
 
     def __len__(self) -> int:
         return self.records

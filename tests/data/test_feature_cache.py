@@ -209,7 +209,13 @@ def test_damage_is_found_and_named(cache, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="00001-of-00003.array_record is missing"):
         FeatureCache(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    for content, words in (("{", "no manifest"), (json.dumps(manifest | {"format": 1}), "format 1")):
+    lacking = manifest | {"recipe": {k: v for k, v in manifest["recipe"].items() if k != "views"}}
+    for content, words in (
+        ("{", "no manifest"),
+        (json.dumps(manifest | {"format": 1}), "format 1"),
+        (json.dumps(lacking), "not as it was written .*views"),
+        (json.dumps(manifest | {"shards": []}), "do not hold 24 entries"),
+    ):
         (tmp_path / MANIFEST).write_text(content)
         with pytest.raises(ValueError, match=words):
             FeatureCache(tmp_path)

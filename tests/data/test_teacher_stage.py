@@ -53,6 +53,14 @@ def test_teachers_see_the_pixels_that_are_shipped(loader, cells):
             np.testing.assert_array_equal(batch["features"]["cells"][kind], want[kind])
 
 
+def test_features_that_a_batch_brings_stay(cells):
+    batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "features": {"cached": {"patches": np.ones((2, 1, 1, 3))}}}
+    with with_host_teachers([batch], {"cells": cells}) as stage:
+        features = next(stage)["features"]
+    assert set(features) == {"cached", "cells"}
+    np.testing.assert_array_equal(features["cached"]["patches"], batch["features"]["cached"]["patches"])
+
+
 def test_another_host_augments_its_own_positions(photos, loader, cells):
     augment = host_augment(AugmentConfig(), 1)
     with with_host_teachers(loader.batches(), {"cells": cells}, augment) as stage:
