@@ -19,7 +19,7 @@ for _name in ("torchao", "torch.utils._pytree"):  # what they say on import conc
 from executorch.extension.pybindings import portable_lib  # noqa: E402
 from executorch.runtime import Runtime  # noqa: E402
 
-SINGLE = ("format", "model", "weights_sha256", "token_layout", "pixels", "input_dtype", "precision", "patch_size")
+LISTS = ("methods", "resolution", "mean", "std", "outputs")  # constant methods of several outputs
 
 
 with contextlib.redirect_stderr(io.StringIO()):  # the first question is answered with how processors were counted
@@ -56,7 +56,7 @@ class PteProgram:
         except RuntimeError as error:
             raise ValueError(f"{name} is no program that the ExecuTorch runtime can load: {error}") from None
         try:
-            self.contract = {n: values[0] if n in SINGLE else values for n, values in found.items()}
+            self.contract = {n: values if n in LISTS else values[0] for n, values in found.items()}
             sides = [int(side) for side in self.contract["resolution"]]
             pairs = zip(sides[::2], sides[1::2], strict=True)
             self.sizes = dict(zip(self.contract["methods"], pairs, strict=True))
