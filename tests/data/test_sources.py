@@ -62,6 +62,14 @@ def test_a_link_back_up_ends(folder):
     assert len(ImageFolder(folder)) == 5
 
 
+def test_links_to_nowhere(folder):
+    (folder / "notes.lnk").symlink_to(folder / "gone")
+    assert len(ImageFolder(folder)) == 5
+    (folder / "b" / "3.png").symlink_to(folder / "gone")
+    with pytest.raises(OSError, match="b/3.png: no such file"):
+        ImageFolder(folder)
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such image folder: .*gone"):
         ImageFolder(tmp_path / "gone")

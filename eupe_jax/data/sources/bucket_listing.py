@@ -1,7 +1,9 @@
 """What a bucket's folder holds, listed once: a million objects take a thousand calls, one after another."""
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -14,13 +16,13 @@ log = logging.getLogger(__name__)
 _CHECKED = 16
 
 
-def list_bucket(path: str, index_dir: str | None, relist: bool) -> list[File]:
+def list_bucket(path: str, wanted: Callable[[str], bool], index_dir: str | None, relist: bool) -> list[File]:
     """`list_files` of a bucket's folder, kept in `index_dir` (default $XDG_CACHE_HOME/eupe_jax/listings).
 
     A listing that was kept counts while 16 of its objects, spread over it, have the size and etag they had; new objects
     alone do not show that way: `relist` lists again.
     """
-    cache = IndexCache(_listing, "listing", index_dir or default_folder("listings"))
+    cache = IndexCache(partial(_listing, wanted=wanted), "listing of images", index_dir or default_folder("listings"))
     root = File(path, 0, "")  # the folder itself has no version
     if relist:
         cache.forget(root)
@@ -33,10 +35,10 @@ def list_bucket(path: str, index_dir: str | None, relist: bool) -> list[File]:
     return files
 
 
-def _listing(root: File) -> np.ndarray:
+def _listing(root: File, wanted: Callable[[str], bool]) -> np.ndarray:
     rows = [
         (f.path[len(root.path) :].encode("utf-8", "surrogateescape"), f.size, f.version.encode())
-        for f in list_files(root.path)
+        for f in list_files(root.path, wanted)
     ]
     widths = [max((len(r[i]) for r in rows), default=1) or 1 for i in (0, 2)]
     return np.array(rows, [("name", f"S{widths[0]}"), ("size", "<u8"), ("version", f"S{widths[1]}")])

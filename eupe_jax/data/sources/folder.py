@@ -8,7 +8,6 @@ from eupe_jax.data.sources import storage
 from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, digest_of, in_range, is_image
 from eupe_jax.data.sources.bucket_listing import list_bucket
 from eupe_jax.data.sources.index_cache import IndexCache, Tables
-from eupe_jax.data.sources.storage import list_files
 from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
 
 
@@ -25,8 +24,10 @@ class ImageFolder:
 
     def __init__(self, path: str | os.PathLike, index_dir: str | None = None, relist: bool = False):
         self.path = os.fspath(path)
-        found = list_bucket(self.path, index_dir, relist) if storage.is_remote(self.path) else list_files(self.path)
-        files = [f for f in found if is_image(f.path) or is_tar(f.path)]
+        if storage.is_remote(self.path):
+            files = list_bucket(self.path, _is_wanted, index_dir, relist)
+        else:
+            files = storage.list_files(self.path, _is_wanted)
         cache = IndexCache(tar_images, "tar images", index_dir)
         tars = cache.indices([f for f in files if is_tar(f.path)])
         self._tars, self._reader = Tables(cache, tars), storage.RangeReader()
@@ -82,3 +83,7 @@ class ImageFolder:
         if first < 0:
             return os.path.join(self.path, self._loose[within - 1 - first]).rstrip(os.sep), None
         return self._tars.indices[first].file, self._tars.row(first, within)
+
+
+def _is_wanted(path: str) -> bool:
+    return is_image(path) or is_tar(path)

@@ -12,6 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
@@ -20,6 +21,9 @@ from eupe_jax.data.sources.base import RecordError
 PathLike = str | os.PathLike
 
 CHANGED = "changed since the source was opened; start again"
+
+
+_REQUESTS = 32  # at once, to look files up
 
 
 class File(NamedTuple):
@@ -35,11 +39,12 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def list_files(path: str) -> list[File]:
-    """Every file below a folder, sorted by path, or the one file. Raises FileNotFoundError where there is neither."""
-    with explained(path):
-        found = _find_remote(path) if is_remote(path) else _find_local(path) if os.path.exists(path) else []
-    if not found and (is_remote(path) or not os.path.exists(path)):
+def list_files(path: str, wanted: Callable[[str], bool]) -> list[File]:
+    """Wanted files below a folder (searched recursively, links followed, hidden ones passed over), sorted by path, or
+    the one file. Raises FileNotFoundError where there is neither."""
+    forget_listings(path)
+    found = _find(path, wanted)
+    if found is None:
         raise FileNotFoundError(f"no such image folder: {path}")
     return found
 
@@ -47,26 +52,37 @@ def list_files(path: str) -> list[File]:
 def find(path: PathLike | Sequence[PathLike], wanted: Callable[[str], bool], what: str) -> list[File]:
     """The files that a path, or each of several, stands for, in that order and sorted by path within each.
 
-    path: a file, a folder (searched recursively, links followed, hidden files and folders passed over), a glob pattern,
-      or one with braces, "train-{000000..000003}.tar" or "{train,val}.tar", each of whose readings must exist.
-    wanted: which files of a folder count; a file named in full always does.
+    path: a file, a folder (as `list_files` has it), a glob pattern, or one with braces, "train-{000000..000003}.tar" or
+      "{train,val}.tar", each of whose readings must exist.
+    wanted: which files of a folder or pattern count; a file named in full always does.
     what: what errors call such files, e.g. "tar shards".
     Raises FileNotFoundError for a path that stands for nothing, ValueError for a folder without a wanted file.
     """
     if not isinstance(path, str | os.PathLike):
         return [file for p in path for file in find(p, wanted, what)]
     path = os.fspath(path)
-    files = []
-    for one in [path] if not is_remote(path) and os.path.exists(path) else expand_braces(path):
-        with explained(one):
-            found = _find_remote(one) if is_remote(one) else _find_local(one)
-        if not found:
+    forget_listings(path)
+    readings = [path] if not is_remote(path) and os.path.exists(path) else expand_braces(path)
+    with ThreadPoolExecutor(min(len(readings), _REQUESTS)) as pool:
+        found = list(pool.map(lambda one: _find(one, lambda p: p == one or wanted(p)), readings))
+    for one, files in zip(readings, found, strict=True):
+        if files is None:
             raise FileNotFoundError(f"{one}: no such file or folder")
-        named = [f for f in found if f.path == one]
-        files += named or [f for f in found if wanted(f.path)]
-    if not files:
+    if not any(found):
         raise ValueError(f"{path}: no {what} found")
-    return files
+    return [file for files in found for file in files]
+
+
+def _find(path: str, wanted: Callable[[str], bool]) -> list[File] | None:
+    """None where there is nothing of that path."""
+    with explained(path):
+        if is_remote(path):
+            found = _find_remote(path)
+            return [f for f in found if wanted(f.path)] if found else None
+        if os.path.exists(path):
+            return [_local_file(p) for p in walk(path) if wanted(p)]
+        matches = [p for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
+        return [_local_file(p) for p in matches if wanted(p)] if matches else None
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -91,7 +107,8 @@ def stat(path: str) -> File:
 def forget_listings(path: str) -> None:
     """Makes fsspec ask the bucket again, where it remembers what a folder held."""
     if is_remote(path):
-        _filesystem(path).invalidate_cache()
+        with explained(path):
+            _filesystem(path).invalidate_cache()
 
 
 def exists(path: str) -> bool:
@@ -105,12 +122,6 @@ def exists(path: str) -> bool:
 def _local_file(path: str) -> File:
     status = os.stat(path)
     return File(path, status.st_size, str(status.st_mtime_ns))
-
-
-def _find_local(path: str) -> list[File]:
-    if os.path.exists(path):
-        return [_local_file(p) for p in walk(path)]
-    return [_local_file(p) for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
 
 
 def walk(path: str) -> list[str]:
@@ -130,18 +141,23 @@ def walk(path: str) -> list[str]:
 
 
 def _filesystem(path: str):
-    """fsspec's file system of a path: looked up each time, since it keeps one a process."""
-    # gcsfs would ask for the kind of the bucket before every read where it lacks the right to know; plain reads of byte
-    # ranges need none of it. What it logs as errors it raises as well.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    """fsspec's file system of a path: looked up each time, since fsspec keeps one a process."""
     import fsspec
 
-    return fsspec.core.url_to_fs(path)[0]
+    if not path.startswith(("gs://", "gcs://")):
+        return fsspec.core.url_to_fs(path)[0]
+    # The plain class: the other one asks for the kind of the bucket before every read where it lacks the right to know.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        from gcsfs.core import GCSFileSystem
+    except ImportError as e:
+        raise ImportError(f"{path}: buckets of Google Cloud need gcsfs; run: pip install gcsfs ({e})") from e
+    if logging.getLogger("gcsfs").level == logging.NOTSET:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs as errors it raises as well
+    return GCSFileSystem()
 
 
 def _find_remote(path: str) -> list[File]:
-    forget_listings(path)
     fs = _filesystem(path)
     found = fs.glob(path, detail=True) if glob.has_magic(path) else fs.find(path, detail=True)
     scheme = path.split("://")[0]
@@ -203,13 +219,15 @@ class RangeReader:
 
     def _descriptor(self, file: File) -> "_Descriptor":
         with self._lock:
-            descriptor = self._open.get(file.path)
-            if descriptor is None:
-                descriptor = self._open[file.path] = _Descriptor(file)
-                while len(self._open) > self._limit:
-                    self._open.popitem(last=False)  # closed when the last reader lets go of it
-            self._open.move_to_end(file.path)
-            return descriptor
+            if file.path in self._open:
+                self._open.move_to_end(file.path)
+                return self._open[file.path]
+        descriptor = _Descriptor(file)  # two threads may both do so
+        with self._lock:
+            self._open[file.path] = descriptor
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)  # closed when the last reader lets go of it
+        return descriptor
 
 
 class _Descriptor:
@@ -242,7 +260,9 @@ def explained(path: str) -> Iterator[None]:
     except RecordError:
         raise
     except FileNotFoundError as e:
-        raise RecordError(path, "no such object, folder or bucket" if is_remote(path) else "no such file") from e
+        if is_remote(path):
+            raise RecordError(path, "no such object, folder or bucket") from e
+        raise RecordError(e.filename or path, "no such file") from e
     except (ImportError, ValueError, MemoryError):
         raise
     except Exception as e:  # gcsfs and aiohttp have their own classes for HTTP errors and broken connections
