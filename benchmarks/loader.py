@@ -11,6 +11,7 @@ the last by more than 16 MB a process.
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -19,7 +20,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 
 from eupe_jax.data.host import HostConfig, RecordReader
@@ -74,9 +74,10 @@ def measure_startup(mixing: str, step: int, args: argparse.Namespace) -> float:
 
 
 def resident() -> tuple[int, int]:
-    """(bytes of resident memory of this process and its children, how many processes)."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(p.memory_info().rss for p in processes), len(processes)
+    """(bytes of resident memory of this process and its workers, how many processes)."""
+    pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(pids)
 
 
 def measure_memory(workers: int, args: argparse.Namespace) -> dict:
