@@ -23,6 +23,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
 import time  # noqa: E402
+import warnings  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import Any  # noqa: E402
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         if absent := runtimes.missing(runtime):
             print(f"leaving {runtime} out: {', '.join(absent)} not installed")
             args.runtimes.remove(runtime)
+    warnings.filterwarnings("ignore", message=r"os\.fork")  # by OpenVINO, to look at the processor
     count = len(args.models) * len(args.resolutions) * len(args.threads)
     minutes = count * args.seconds / 60 * (2 if args.bound else 1)
     print(f"{count} races of {args.seconds:.0f} s, or three rounds: about {minutes:.0f} min, new exports aside")

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNTIMES = ("executorch", "executorch_naive", "onnxruntime", "openvino", "torch_eager", "torch_compile")
 INT8 = ("executorch", "onnxruntime")  # the runtimes that are measured in int8
 NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
+READABLE = ("torch_*.py",)  # files of convert/ on which an export depends
+REWRITTEN = (*READABLE, "contract.py", "export_*.py", "folding.py", "lowering.py", "quantize.py", "to_executorch.py")
 Run = Callable[[], Sequence[Any]]
 
 
@@ -92,7 +94,7 @@ class Exports:
             facts |= {"partitions": method["delegation"]["partitions"], "planned_bytes": method["planned_bytes"]}
             return facts | {"export_seconds": made.report["export_seconds"], "memory_bytes": resident(path)}
 
-        return self._kept(f"{precision}.pte", make, "*.py")
+        return self._kept(f"{precision}.pte", make, REWRITTEN)
 
     def naive(self) -> tuple[Path, dict[str, Any]]:
         """The .pte of the readable module as it is, through the same partitioner."""
@@ -129,9 +131,9 @@ class Exports:
         return {}
 
     def _kept(
-        self, suffix: str, make: Callable[[Path], dict[str, Any]], code: str = "torch_*.py"
+        self, suffix: str, make: Callable[[Path], dict[str, Any]], code: Sequence[str] = READABLE
     ) -> tuple[Path, dict[str, Any]]:
-        """The file, made unless it is there; `code`: the files of convert/ on which it depends."""
+        """The file, made unless it is there."""
         path = self.folder / f"{self.encoder.name}-{self.side}-{self._key(code)}-{suffix}"
         facts = path.with_name(path.name + ".json")
         if not facts.exists():  # written last
@@ -139,11 +141,13 @@ class Exports:
             facts.write_text(json.dumps(found))
         return path, json.loads(facts.read_text()) | {"file_bytes": path.stat().st_size}
 
-    def _key(self, pattern: str) -> str:
-        code = b"".join(path.read_bytes() for path in sorted((ROOT / "convert").glob(pattern)))
+    def _key(self, code: Sequence[str]) -> str:
+        files = sorted(path for pattern in code for path in (ROOT / "convert").glob(pattern))
         versions = [metadata.version(name) for name in ("executorch", "torch", "torchao")]
         first = next(iter(self.module.state_dict().values())).numpy().tobytes()
-        return hashlib.sha256(b"\0".join([code, first, *(v.encode() for v in versions)])).hexdigest()[:12]
+        return hashlib.sha256(
+            b"\0".join([*(path.read_bytes() for path in files), first, *(v.encode() for v in versions)])
+        ).hexdigest()[:12]
 
 
 def resident(pte: Path) -> int:
