@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
+_PART = 64  # images that one thread makes at a time: a large batch is made by several, and few are held in memory
 _BROKEN = "broken"  # int64 [sources, kinds]: comes with a batch from whichever process made it
 
 
@@ -34,7 +35,7 @@ class Loader:
     repeats: how often the records of a named source may be seen, at most; without it, endlessly. What a run of
     `total_steps` draws is known beforehand, so one that would need more is refused at once.
     batch_size: the global batch, divisible by `process_count`. Record ids ("index") number the sources' records one
-    after another in the order of `sources`. threads: batches made at once, each by one thread. workers: processes with
+    after another in the order of `sources`. threads: parts of batches (64 images) made at once. workers: processes with
     that many threads each, for hosts that decoding holds up; 0 keeps everything in this process.
     `counts`: how often broken records of each (source, kind of `host.REASONS`) were met for the batches handed out.
     Raises ValueError for settings that do not fit together.
@@ -85,35 +86,35 @@ class Loader:
 
         Endless. Close it (or drop it) to stop its threads. A worker process that dies is a RuntimeError.
         """
-        make = partial(self._records.batch, first=self.first_position, count=self.local_batch_size)
-        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads)
-        # An element is a whole batch, so that worker processes share out batches and order stays.
-        dataset = grain.MapDataset.range(start_step, sys.maxsize).map(make).to_iter_dataset(read)
+        parts = -(-self.local_batch_size // _PART)
+        make = partial(self._records.part, first=self.first_position, count=self.local_batch_size, parts=parts)
+        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._threads, 2 * parts))
+        dataset = grain.MapDataset.range(start_step * parts, sys.maxsize).map(make).to_iter_dataset(read)
         if self._workers:
             _mark_flags_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent())
-        return _Stream(iter(dataset), list(self._records.names), self.counts)
+        return _Stream(iter(dataset), parts, list(self._records.names), self.counts)
 
 
 class _Stream:
-    """Batches without what they carry along for the counts. Made of grain's iterator, which `close` ends."""
+    """Batches put together from `parts` elements of grain's iterator, which `close` ends; adds up what they met."""
 
-    def __init__(self, batches: grain.DatasetIterator, names: list[str], counts: Counter[tuple[str, str]]):
-        self._batches, self._names, self._counts = batches, names, counts
+    def __init__(self, elements: grain.DatasetIterator, parts: int, names: list[str], counts: Counter[tuple[str, str]]):
+        self._elements, self._parts, self._names, self._counts = elements, parts, names, counts
 
     def __iter__(self) -> "_Stream":
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
-        broken = batch.pop(_BROKEN)
+        pieces = [next(self._elements) for _ in range(self._parts)]
+        broken = sum(piece.pop(_BROKEN) for piece in pieces)
         for source, kind in zip(*np.nonzero(broken), strict=True):
             self._counts[self._names[source], REASONS[kind]] += int(broken[source, kind])
-        return batch
+        return {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]} if self._parts > 1 else pieces[0]
 
     def close(self) -> None:
-        self._batches.close()
+        self._elements.close()
         if self._counts:
             kinds = ", ".join(f"{source}: {n} {kind}" for (source, kind), n in sorted(self._counts.items()))
             log.info("broken records replaced so far: %s", kinds)
@@ -160,9 +161,13 @@ class _Records:
             index[here] = record_index(int(hash_words(self._seed, s)), draws[here], len(self._sources[s]))
         return sources, index
 
-    def batch(self, step: int, *, first: int, count: int) -> Batch:
-        """The batch of `count` positions from `first` on, and the broken records it met, by source and kind."""
-        sources, asked = self.of_step(step, slice(first, first + count))
+    def part(self, number: int, *, first: int, count: int, parts: int) -> Batch:
+        """One of the `parts` of the batch of `count` positions from `first` on, numbered through all steps, and the
+        broken records it met, by source and kind."""
+        step, part = divmod(number, parts)
+        first, stop = first + part * count // parts, first + (part + 1) * count // parts
+        count = stop - first
+        sources, asked = self.of_step(step, slice(first, stop))
         images, index = np.empty((count, self._size, self._size, 3), np.uint8), np.empty(count, np.int64)
         broken = np.zeros((len(self.names), len(REASONS)), np.int64)
         for i, (source, record) in enumerate(zip(sources.tolist(), asked.tolist(), strict=True)):

@@ -42,11 +42,13 @@ class Mixture:
         self._before_block = [np.zeros(len(values), np.int64)]
         self._lock = threading.Lock()
         self._before_steps = lru_cache(maxsize=2)(self._before_steps_of_block)
+        self.of_step = lru_cache(maxsize=32)(self._of_step)
 
-    def of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source of every place, how many draws from that source came before it), int64 [batch_size] each.
+    def _of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """`of_step(step)`: (source of every place, draws from that source before it), int64 [batch_size] each.
 
-        Draws of a source are numbered in the order of steps, and of positions within one.
+        Draws of a source are numbered in the order of steps, and of positions within one. Kept for the steps that
+        threads are at: leave the arrays as they are.
         """
         b = self._batch_size
         before, after = self.draws_before(step), self.draws_before(step + 1)

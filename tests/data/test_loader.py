@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import common
 from eupe_jax.data.host import HostConfig, TooManyBroken
 from eupe_jax.data.loader import Loader
 from eupe_jax.data.sources import ArraySource, Record
+from eupe_jax.training.pipeline import make_loader
 
 CONFIG = HostConfig(size=16)
 MIX = {"a": 3.0, "b": 1.0}
@@ -131,6 +133,21 @@ def test_processes_make_the_same_global_batches_and_resume_on_another_number_of_
             assert_same(one[3:], later)
 
 
+@pytest.mark.parametrize("mixing", ["batch", "record"])
+def test_large_batches_are_made_in_parts(numbered, mixing):
+    """Of 64 images at most, here 50 and 50 and 50, by any number of threads."""
+    settings = {"weights": MIX, "mixing": mixing, "batch_size": 150}
+    large = loader({"a": Virtual(1000), "b": numbered}, **settings, threads=3)
+    first, second = take(large, 2, start=1)
+    assert first["image"].shape == (150, 16, 16, 3)
+    np.testing.assert_array_equal(first["index"], large.record_ids(1))
+    np.testing.assert_array_equal(second["index"], large.record_ids(2))
+    hosts = [
+        loader({"a": Virtual(1000), "b": numbered}, **settings, process_index=i, process_count=3) for i in range(3)
+    ]
+    assert_same([first, second], global_batches([take(host, 2, start=1) for host in hosts]))
+
+
 @pytest.mark.parametrize("start", [1, 6, 13])
 def test_it_resumes_at_any_step(two_sources, start):
     weights = {"big": 0.5, "small": 0.5}
@@ -194,6 +211,21 @@ def test_a_source_that_runs_out_is_refused_at_once(mixing):
     for repeats, steps, words in (({"b": 1}, None, "total_steps"), ({"c": 1}, 9, "'c'"), ({"a": -1}, 9, "at least 1")):
         with pytest.raises(ValueError, match=words):
             loader(sources, weights=MIX, repeats=repeats, total_steps=steps)
+
+
+def test_a_config_says_how_sources_mix():
+    config = common.base()
+    config.total_steps, config.batch_size, config.data.image_size, config.data.mixing = 30, 8, 16, "record"
+    config.data.sources.a = common.source("synthetic", "", weight=3, size=16)
+    config.data.sources.b = common.source("synthetic", "", weight=1, repeat=2, size=16, count=30)
+    mixed = make_loader(config, process_index=0, process_count=1)
+    assert all(np.count_nonzero(mixed.record_ids(step) >= 64) == 2 for step in range(30))
+    config.total_steps = 31
+    with pytest.raises(ValueError, match="data.sources.b runs out: 31 steps draw 62 records"):
+        make_loader(config, process_index=0, process_count=1)
+    config.data.mixing = "steps"
+    with pytest.raises(ValueError, match="data.mixing .*'steps'"):
+        make_loader(config, process_index=0, process_count=1)
 
 
 def test_a_corpus_of_full_size_starts_at_once():
