@@ -22,6 +22,8 @@ from eupe_jax.data.decode import naming, open_picture
 from eupe_jax.data.feature_cache import FORMAT, MANIFEST, PROGRESS, FeatureCache, read_manifest
 from eupe_jax.data.feature_codec import PRECISIONS, encode_features, pack_arrays
 from eupe_jax.data.host import BrokenRecord, HostConfig, RecordReader, make_image, random_crop_box, random_generator
+from eupe_jax.data.pack_shard import WRITER_OPTIONS, flush
+from eupe_jax.data.packing import write_json
 from eupe_jax.data.sources import Record, Source
 from eupe_jax.data.teacher_stage import Features
 from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
@@ -29,9 +31,6 @@ from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
 SHARD_BYTES = 1 << 28  # of a shard, where their number is not given: what a killed run may lose
 # (view, uint8 [b, S, S, 3], first position) -> (augmented pixels, key words uint32 [b, 2], features of them)
 Forward = Callable[[int, np.ndarray, int], tuple[np.ndarray, np.ndarray, Features]]
-
-# One record a chunk, so that random access reads no other; features and pixels hardly compress.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 def build_feature_cache(
@@ -141,7 +140,8 @@ class _Build:
         folder.mkdir(parents=True, exist_ok=True)
         for name, chain in chains.items():
             data = save({k: np.ascontiguousarray(v) for k, v in chain["arrays"].items()})
-            _write_whole(folder / f"chain-{name}.safetensors", data)
+            (folder / f"chain-{name}.safetensors").write_bytes(data)
+            flush(folder / f"chain-{name}.safetensors")
             self._state["chains"][name] = {"header": chain["header"], "sha256": hashlib.sha256(data).hexdigest()}
         self._save()
 
@@ -163,12 +163,14 @@ class _Build:
         self._save()
 
     def _save(self) -> None:
-        _write_whole(self.folder / PROGRESS, json.dumps(self._state, indent=2).encode())
+        write_json(self.folder / PROGRESS, self._state)
 
     def finish(self) -> None:
+        for half_written in self.folder.glob(f".{PROGRESS}.*.partial"):  # of runs that were killed
+            half_written.unlink()
         if not (self.folder / MANIFEST).is_file():
             os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
-            _sync(self.folder)
+            flush(self.folder)
 
 
 class _ShardWriter:
@@ -180,7 +182,7 @@ class _ShardWriter:
     def __enter__(self):
         self._partial.unlink(missing_ok=True)  # of a run that was killed
         with self._naming():
-            self._writer = array_record_module.ArrayRecordWriter(str(self._partial), _WRITER_OPTIONS)
+            self._writer = array_record_module.ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
         return self
 
     def write(self, record: bytes) -> None:
@@ -193,9 +195,9 @@ class _ShardWriter:
                 self._writer.close()
             if kind is not None:
                 return
-            _sync(self._partial)
+            flush(self._partial)
             os.replace(self._partial, self._path)
-            _sync(self._path.parent)
+            flush(self._path.parent)
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -206,21 +208,6 @@ class _ShardWriter:
             yield
         except RuntimeError as error:
             raise OSError(f"{self._partial}: {error}") from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _ViewReader:

@@ -141,6 +141,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(cache, photos
     # What a killed process leaves: half a shard under a temporary name, or a whole one that is not yet recorded.
     (tmp_path / "views-00001-of-00003.array_record.partial").write_bytes(b"half")
     (tmp_path / "views-00001-of-00003.array_record").write_bytes(b"not recorded")
+    (tmp_path / ".progress.json.12345.partial").write_bytes(b"{")
     teacher = CellMeans()
     build(tmp_path, photos, teacher)
     assert teacher.calls == 6  # of nine pieces
