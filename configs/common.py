@@ -65,7 +65,8 @@ def base() -> ConfigDict:
     config.data.mode = "crop"  # random-resized crop; "resize" squashes, "none" takes pictures of that size as they are
     config.data.crop_scale = (0.32, 1.0)  # ours: DINOv3's global crop; the paper only names RandomResizedCrop
     config.data.crop_ratio = (0.75, 4 / 3)
-    config.data.max_broken_fraction = 0.001
+    config.data.max_pixels = 80_000_000  # of a picture; larger ones (decompression bombs) count as broken
+    config.data.max_broken_fraction = 0.001  # of the records read; more, and more than 20, stop the run. 0: the first
     # Folder made by launch/precompute.py: teachers in it are read, not loaded or run, and pixels are augmented already.
     config.data.feature_cache = ""
     config.data.threads = 16  # decoding threads a host (or a worker)

@@ -72,7 +72,8 @@ def set_up_logging() -> None:
 
 
 def run(main: Callable[[], None], *, arguments: bool = False) -> None:
-    """Runs `main()` under absl. Bad input ends in one line and status 2; EUPE_TRACEBACK=1 shows the stack as well.
+    """Runs `main()` under absl. Bad input ends in the error's notes, if any, one line and status 2; EUPE_TRACEBACK=1
+    shows the stack as well.
 
     `arguments`: whether the command takes anything besides flags.
     """
@@ -87,6 +88,8 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
         except EXPECTED_ERRORS as error:
             if os.environ.get("EUPE_TRACEBACK"):
                 raise
+            for note in getattr(error, "__notes__", ()):  # what does not go into a line: lists of files
+                print(note, file=sys.stderr)
             fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
 
     app.run(guarded, flags_parser=_parse)

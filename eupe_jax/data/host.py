@@ -7,6 +7,7 @@ lock, and in worker processes. The same bytes and the same place in the run give
 import logging
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -26,11 +27,21 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 16
+_LISTED = 50  # broken records that the error of too many names
 _NAMED = 1000  # broken records that are remembered and logged by name
+_FEW = 20  # broken records that say nothing of a fraction yet
 
 
-class TooManyBroken(RuntimeError):
-    """More records than allowed were broken; the message lists them."""
+class TooManyBroken(ValueError):
+    """More records than allowed were broken: the message says how many, a note lists them, one a line."""
+
+    def __init__(self, message: str, broken: Mapping[str, str] | None = None):
+        super().__init__(message)
+        lines = [f"  {name}: {reason}" for name, reason in (broken or {}).items()]
+        if len(lines) > _LISTED:
+            lines[_LISTED:] = [f"  and {len(lines) - _LISTED} more"]
+        if lines:
+            self.add_note("\n".join(["broken records:", *lines]))
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,9 @@ class HostConfig:
     mode: "crop": a random-resized crop, bicubic, of `scale` of the area and an aspect ratio in `ratio` (log-uniform).
       "resize": the whole picture squashed, bicubic. "none": it must already have that size.
     The default scale and ratio are DINOv3's for global crops. max_pixels bounds what is decoded (decompression bombs).
-    max_broken_fraction: of the records read (of 200 at least), how many may be broken before the run stops.
+    max_broken_fraction: of the records read, how many may be broken before the run stops. Up to 20 always may, unless
+      it is 0: then the first one stops the run.
+    Raises ValueError that names the field of a run's config.
     """
 
     size: int = 256
@@ -52,13 +65,13 @@ class HostConfig:
 
     def __post_init__(self):
         if self.size < 1:
-            raise ValueError(f"data.size must be positive, got {self.size}")
+            raise ValueError(f"data.image_size must be positive, got {self.size}")
         if self.mode not in ("crop", "resize", "none"):
             raise ValueError(f"data.mode must be 'crop', 'resize' or 'none', got {self.mode!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"data.scale must be 0 < low <= high <= 1, got {self.scale}")
+            raise ValueError(f"data.crop_scale must be 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"data.ratio must be 0 < low <= high, got {self.ratio}")
+            raise ValueError(f"data.crop_ratio must be 0 < low <= high, got {self.ratio}")
         if self.max_pixels < 1:
             raise ValueError(f"data.max_pixels must be positive, got {self.max_pixels}")
         if not 0 <= self.max_broken_fraction <= 1:
@@ -149,7 +162,8 @@ class RecordReader:
             with self._lock:
                 self.reads += 1
             return Reading(image, index, tuple(met))
-        raise TooManyBroken(f"{_ATTEMPTS} records drawn in a row were broken:\n{self._list()}")
+        with self._lock:
+            raise TooManyBroken(f"{name}: {_ATTEMPTS} records drawn in a row were broken", self.broken)
 
     def _count(self, source: str, error: BrokenRecord):
         with self._lock:
@@ -161,17 +175,13 @@ class RecordReader:
                 if len(self.broken) == _NAMED:
                     log.warning("that was broken record %d; more of them are counted, but not named", _NAMED)
             broken, allowed = self.counts.total(), self._config.max_broken_fraction
-            if broken > allowed * max(self.reads, 200):
+            if broken > max(allowed * self.reads, _FEW if allowed else 0):
                 kinds = ", ".join(f"{name}: {n} {kind}" for (name, kind), n in sorted(self.counts.items()))
                 raise TooManyBroken(
                     f"{broken} of {self.reads} records read were broken ({kinds}), more than "
-                    f"data.max_broken_fraction={allowed} allows:\n{self._list()}"
+                    f"data.max_broken_fraction={allowed} allows",
+                    self.broken,
                 ) from error
-
-    def _list(self, at_most: int = 50) -> str:
-        lines = [f"  {name}: {reason}" for name, reason in self.broken.items()]
-        more = len(lines) - at_most
-        return "\n".join(lines[:at_most] + ([f"  and {more} more"] if more > 0 else []))
 
     def __getstate__(self):
         return self._config, self._seed

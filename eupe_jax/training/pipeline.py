@@ -81,6 +81,7 @@ def host_config(data: ConfigDict) -> HostConfig:
         mode=data.mode,
         scale=tuple(data.crop_scale),
         ratio=tuple(data.crop_ratio),
+        max_pixels=data.max_pixels,
         max_broken_fraction=data.max_broken_fraction,
     )
 

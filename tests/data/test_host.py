@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common
 from eupe_jax.data.host import (
     BrokenRecord,
     HostConfig,
@@ -16,6 +17,7 @@ from eupe_jax.data.host import (
     random_generator,
 )
 from eupe_jax.data.sources import ArraySource, Record
+from eupe_jax.training import pipeline
 
 
 def record(data, name="some/file.jpg"):
@@ -179,12 +181,26 @@ def test_broken_records_are_replaced_alike_everywhere(numbered, caplog):
 
 
 def test_too_many_broken_stops_with_a_list(numbered):
-    reader = RecordReader(HostConfig(size=16, max_broken_fraction=0.02), seed=0)
-    with pytest.raises(TooManyBroken, match=r"(?s)5 of .*max_broken_fraction=0.02.*junk3: .*junk6: "):
-        for i in [3, 6, 9, 12, 15]:
-            reader(Corrupt(numbered), i, 0, i)
+    def read(fraction, indices):
+        reader = RecordReader(HostConfig(size=16, max_broken_fraction=fraction), seed=0)
+        for position, i in enumerate(indices):
+            reader(Corrupt(numbered), i, 0, position)
+        return reader
+
+    with pytest.raises(TooManyBroken, match=r"21 of \d+ .*\(data: 21 unidentified\).*max_broken_fraction=0.02 ") as caught:
+        read(0.02, range(0, 90, 3))
+    (listed,) = pickle.loads(pickle.dumps(caught.value)).__notes__  # as it comes from a worker process
+    assert "  junk3: " in listed.splitlines()[2] and "\n  junk6: " in listed
     with pytest.raises(TooManyBroken, match="junk0"):
-        RecordReader(HostConfig(size=16, max_broken_fraction=0.0), seed=0)(Corrupt(numbered), 0, 0, 0)
+        read(0.0, [0])
+    # The default of a run allows some in the beginning: a fraction of few readings says nothing.
+    reader = read(common.base().data.max_broken_fraction, [1, 3, *[2] * 60, 6, 9])
+    assert 3 <= reader.counts.total() <= 20 and reader.reads < 100
+
+
+def test_a_long_list_is_cut():
+    error = TooManyBroken("many", {f"junk{i}": "no picture" for i in range(70)})
+    assert error.__notes__[0].splitlines()[-2:] == ["  junk49: no picture", "  and 20 more"]
 
 
 def test_nothing_but_broken_records_stops_at_once():
@@ -204,8 +220,19 @@ def test_a_file_that_went_away_is_named(tmp_path, encode, ramp_HxWx3):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"size": 0}, {"mode": "centre"}, {"scale": (0.5, 0.2)}, {"ratio": (0, 1)}, {"max_broken_fraction": 2}]
+    ("field", "value"),
+    [
+        ("image_size", 0),
+        ("mode", "centre"),
+        ("crop_scale", (0.5, 0.2)),
+        ("crop_ratio", (0.0, 1.0)),
+        ("max_pixels", 0),
+        ("max_broken_fraction", 2.0),
+    ],
 )
-def test_config_errors_name_the_field(settings):
-    with pytest.raises(ValueError, match=f"data.{next(iter(settings))}"):
-        HostConfig(**settings)
+def test_config_errors_name_the_field(field, value):
+    data = common.base().data
+    assert field in data
+    data[field] = value
+    with pytest.raises(ValueError, match=f"^data.{field} must be"):
+        pipeline.host_config(data)
