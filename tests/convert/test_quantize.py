@@ -47,16 +47,17 @@ def _equals_the_runtime(network, layers, side):
     got = Runtime.get().load_program(lowered.pte).load_method("forward").execute((image,))
     reference, expected = quantize.features(network, image), quantize.features(mixed, image)
     for name, value in zip(network.outputs, got, strict=True):
-        scale = reference[name].std()
-        assert np.abs(reference[name] - expected[name]).max() > 1e-3 * scale  # int8 rounding does show
-        np.testing.assert_allclose(value.numpy(), expected[name], atol=2e-2 * scale, rtol=0)
+        # One float rounding apart, an activation rounds to the next int8: layers agree (below), whole networks nearly.
+        error, apart = expected[name] - reference[name], value.numpy() - expected[name]
+        assert np.linalg.norm(error) > 1e-3 * np.linalg.norm(reference[name])  # int8 does show
+        assert np.linalg.norm(apart) < min(1.5 * np.linalg.norm(error), 0.05 * np.linalg.norm(reference[name]))
     return lowered
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("float_share", [0.0, 0.5])
 def test_the_runtime_computes_what_pytorch_says_in_one_partition(encoder, float_share):
-    network = for_export(weights.to_module(encoder), SIDE, SIDE)
+    network = for_export(weights.to_module(encoder), SIDE, SIDE, linear=False)
     layers = quantize.int8_layers(network)
     kept = layers[: int(len(layers) * float_share)]
     lowered = _equals_the_runtime(network, kept, SIDE)
