@@ -104,6 +104,8 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
     # Bytes of records, and of the index (that is at the end), as often as each other.
     rng = np.random.default_rng(0)
     places = [*rng.integers(64, whole.rindex(b"group_size"), 60), *rng.integers(used - 200, used, 60)]
+    second = whole.index(b"EUPR", whole.index(b"EUPR") + 1)
+    places += list(range(second - 50, second + 4))  # headers of a chunk that is not the first
     places += list(range(whole.index(b"group_size") - 120, whole.index(b"group_size") + 150, 4))
     seen = 0
     for place in places:

@@ -85,6 +85,8 @@ class ArrayRecordSource:
             return riegeli.read_record(file, self._reader, row) if row["offset"] else self._fallback.read(file, number)
         except RecordError as e:
             raise RecordError(f"{file.path}[{number}]", e.reason) from e
+        except (riegeli.NotPlain, riegeli.Unreadable) as e:  # the others of the shard are
+            raise RecordError(f"{file.path}[{number}]", f"damaged: {e}") from e
 
     def _find_layout(self) -> str:
         shard, number = self._tables.locate(0)

@@ -157,7 +157,7 @@ def _decompress(kind: int, data: memoryview, expected: int | None = None) -> byt
     import pyarrow
 
     size, at = _first_varint(data, 0)
-    if expected not in (None, size) or size > (len(data) + 1) << 16:
+    if expected not in (None, size) or size > (len(data) << 10) + (1 << 16):
         raise ValueError(f"a decompressed size of {size}")
     return pyarrow.Codec(_CODECS[kind]).decompress(data[at:], size, asbytes=True) if size else b""
 
