@@ -4,6 +4,7 @@ While a cache is being built, `progress.json` lists the shards that are done; bu
 same recipe gives the same bytes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -84,7 +85,7 @@ def build_feature_cache(
     build = _Build(Path(folder), recipe, chains or {})
     read = _ViewReader(source, config, seed)
     bar = tqdm(total=total, initial=build.entries_done, desc="teacher features", unit="img", disable=not progress)
-    with bar, ThreadPoolExecutor(threads) as pool:
+    with _alone_in(build.folder), bar, ThreadPoolExecutor(threads) as pool:
         for name, (first, end) in build.missing():
             with _ShardWriter(build.folder / name) as writer:
                 for view, i, n in _pieces(first, end, count, piece):
@@ -100,6 +101,20 @@ def build_feature_cache(
             build.record(name, end - first)
     build.finish()
     return FeatureCache(folder)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Locks a folder against a second build, until this one ends, however it does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is building this feature cache") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _entry_bytes(config: HostConfig, teachers: Mapping[str, TeacherSpec], precision: str) -> int:

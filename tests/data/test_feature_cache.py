@@ -151,6 +151,18 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(cache, photos
     assert teacher.calls == 0  # a finished one is only opened
 
 
+def test_two_builds_in_one_folder_do_not_mix(photos, tmp_path):
+    class Second(CellMeans):
+        def __call__(self, images):
+            with pytest.raises(ValueError, match="another process is building"):
+                build(tmp_path, photos, **settings)
+            return super().__call__(images)
+
+    settings = {"records": 2, "views": 1, "shards": 1}
+    build(tmp_path, photos, Second(), **settings)
+    assert FeatureCache(tmp_path).verify(progress=False) == []
+
+
 def test_a_cache_of_something_else_is_refused(cache, photos, tmp_path):
     build(tmp_path, photos, records=2, views=1, shards=1)
     settings = {"records": 2, "views": 1, "shards": 1}
