@@ -5,6 +5,7 @@ began there, and the hosts of a run together give the same global batch whatever
 """
 
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
-_PART = 64  # images that one thread makes at a time: a large batch is made by several, and few are held in memory
-_BROKEN = "broken"  # int64 [sources, kinds]: comes with a batch from whichever process made it
+_PART_BYTES = 32 << 20  # of pixels that a thread makes at a time, at most
+_FEWEST = 4  # images of a part: handing it on costs as much as half an image
+_AHEAD_BYTES = 512 << 20  # of pixels that are made ahead where whole batches are small
 
 
 class Loader:
@@ -35,8 +37,8 @@ class Loader:
     repeats: how often the records of a named source may be seen, at most; without it, endlessly. What a run of
     `total_steps` draws is known beforehand, so one that would need more is refused at once.
     batch_size: the global batch, divisible by `process_count`. Record ids ("index") number the sources' records one
-    after another in the order of `sources`. threads: parts of batches (64 images) made at once. workers: processes with
-    that many threads each, for hosts that decoding holds up; 0 keeps everything in this process.
+    after another in the order of `sources`. threads: parts of a batch made at once. workers: processes with that many
+    threads each, for hosts that decoding holds up; 0 keeps everything in this process.
     `counts`: how often broken records of each (source, kind of `host.REASONS`) were met for the batches handed out.
     Raises ValueError for settings that do not fit together.
     """
@@ -73,7 +75,10 @@ class Loader:
         self._threads, self._workers = threads, workers
         mixture = Mixture({name: weights[name] for name in sources}, seed, batch_size, mixing)
         _check_repeats(sources, mixture, dict(repeats or {}), total_steps)
+        self.sources = sources
         self._records = _Records(sources, config, mixture, seed)
+        self._parts, self._ahead = parts_of_batch(self.local_batch_size, 3 * config.size**2, threads, workers)
+        self._shape = (self.local_batch_size, config.size, config.size, 3)
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def record_ids(self, step: int) -> np.ndarray:
@@ -82,39 +87,76 @@ class Loader:
         return index + self._records.offsets[source]
 
     def batches(self, start_step: int = 0) -> "_Stream":
-        """This host's part of every batch from `start_step` on: "image" uint8 [b, S, S, 3], "index" int64 [b].
+        """This host's part of every batch from `start_step` on: "image" uint8 [b, S, S, 3], "index" int64 [b], and
+        "broken" int64 [sources, kinds]: how often broken records of each source (in order) and kind were met for it.
 
-        Endless. Close it (or drop it) to stop its threads. A worker process that dies is a RuntimeError.
+        Endless. Close it (or drop it) to stop its threads. A worker process that dies is a ChildProcessError.
         """
-        parts = -(-self.local_batch_size // _PART)
-        make = partial(self._records.part, first=self.first_position, count=self.local_batch_size, parts=parts)
-        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._threads, 2 * parts))
+        count, parts = self.local_batch_size, self._parts
+        make = partial(self._records.part, first=self.first_position, count=count, parts=parts)
+        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)
         dataset = grain.MapDataset.range(start_step * parts, sys.maxsize).map(make).to_iter_dataset(read)
         if self._workers:
             _mark_flags_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent())
-        return _Stream(iter(dataset), parts, list(self._records.names), self.counts)
+        return _Stream(iter(dataset), parts, self._shape, list(self.sources), self.counts)
+
+
+def parts_of_batch(count: int, image_bytes: int, threads: int, workers: int) -> tuple[int, int]:
+    """(parts that a batch of `count` images is made in, how many of them a process makes ahead).
+
+    Parts are small enough for all threads to share one batch. What is made ahead is `threads` batches, as before a
+    slow read stalls none, but no more than 512 MB, or one batch and the parts in hand if that is more.
+    """
+    makers = threads * max(workers, 1)
+    images = max(1, min(max(-(-count // makers), _FEWEST), _PART_BYTES // image_bytes))
+    parts = -(-count // images)
+    ahead = max(parts + makers, min(makers * parts, _AHEAD_BYTES // (images * image_bytes)))
+    return parts, -(-ahead // max(workers, 1))
 
 
 class _Stream:
-    """Batches put together from `parts` elements of grain's iterator, which `close` ends; adds up what they met."""
+    """Batches put together from `count` parts each of grain's iterator, which `close` ends; adds up what they met."""
 
-    def __init__(self, elements: grain.DatasetIterator, parts: int, names: list[str], counts: Counter[tuple[str, str]]):
-        self._elements, self._parts, self._names, self._counts = elements, parts, names, counts
+    def __init__(
+        self,
+        parts: grain.DatasetIterator,
+        count: int,
+        shape: tuple[int, ...],
+        names: list[str],
+        counts: Counter[tuple[str, str]],
+    ):
+        self._parts, self._count, self._shape, self._names, self._counts = parts, count, shape, names, counts
 
     def __iter__(self) -> "_Stream":
         return self
 
     def __next__(self) -> Batch:
-        pieces = [next(self._elements) for _ in range(self._parts)]
-        broken = sum(piece.pop(_BROKEN) for piece in pieces)
+        image, index = np.empty(self._shape, np.uint8), np.empty(self._shape[0], np.int64)
+        broken, first = np.zeros((len(self._names), len(REASONS)), np.int64), 0
+        for _ in range(self._count):  # copied one by one, so that parts need no second batch's memory
+            part = self._next_part()
+            here = slice(first, first + len(part["index"]))
+            image[here], index[here], first = part["image"], part["index"], here.stop
+            broken += part["broken"]
         for source, kind in zip(*np.nonzero(broken), strict=True):
             self._counts[self._names[source], REASONS[kind]] += int(broken[source, kind])
-        return {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]} if self._parts > 1 else pieces[0]
+        return {"image": image, "index": index, "broken": broken}
+
+    def _next_part(self) -> Batch:
+        try:
+            return next(self._parts)
+        except RuntimeError as error:
+            if not (died := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))):
+                raise
+            raise ChildProcessError(
+                f"a data worker process ended with exit code {died[1]}: if nobody killed it, memory may have run out; "
+                "lower data.workers or data.threads. The same command resumes the run"
+            ) from error
 
     def close(self) -> None:
-        self._elements.close()
+        self._parts.close()
         if self._counts:
             kinds = ", ".join(f"{source}: {n} {kind}" for (source, kind), n in sorted(self._counts.items()))
             log.info("broken records replaced so far: %s", kinds)
@@ -176,7 +218,7 @@ class _Records:
             )
             for kind in met:
                 broken[source, REASONS.index(kind)] += 1
-        return {"image": images, "index": index + self.offsets[sources], _BROKEN: broken}
+        return {"image": images, "index": index + self.offsets[sources], "broken": broken}
 
 
 def _mark_flags_parsed():

@@ -42,14 +42,19 @@ class Mixture:
         self._before_block = [np.zeros(len(values), np.int64)]
         self._lock = threading.Lock()
         self._before_steps = lru_cache(maxsize=2)(self._before_steps_of_block)
-        self.of_step = lru_cache(maxsize=32)(self._of_step)
+        self._places_lock = threading.Lock()
+        self._places = lru_cache(maxsize=32)(self._places_of_step)
 
-    def _of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """`of_step(step)`: (source of every place, draws from that source before it), int64 [batch_size] each.
+    def of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of every place, how many draws from that source came before it), int64 [batch_size] each.
 
         Draws of a source are numbered in the order of steps, and of positions within one. Kept for the steps that
-        threads are at: leave the arrays as they are.
+        threads are at, which share them: leave the arrays as they are.
         """
+        with self._places_lock:  # one thread computes them, the others wait
+            return self._places(step)
+
+    def _places_of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         b = self._batch_size
         before, after = self.draws_before(step), self.draws_before(step + 1)
         counts = after - before

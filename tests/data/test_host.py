@@ -187,7 +187,8 @@ def test_too_many_broken_stops_with_a_list(numbered):
             reader(Corrupt(numbered), i, 0, position)
         return reader
 
-    with pytest.raises(TooManyBroken, match=r"21 of \d+ .*\(data: 21 unidentified\).*max_broken_fraction=0.02 ") as caught:
+    message = r"21 of \d+ .*\(data: 21 unidentified\).*max_broken_fraction=0.02 "
+    with pytest.raises(TooManyBroken, match=message) as caught:
         read(0.02, range(0, 90, 3))
     (listed,) = pickle.loads(pickle.dumps(caught.value)).__notes__  # as it comes from a worker process
     assert "  junk3: " in listed.splitlines()[2] and "\n  junk6: " in listed

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from configs import common
 from eupe_jax.data.host import HostConfig, TooManyBroken
-from eupe_jax.data.loader import Loader
+from eupe_jax.data.loader import Loader, parts_of_batch
 from eupe_jax.data.sources import ArraySource, Record
 from eupe_jax.training.pipeline import make_loader
 
@@ -135,7 +135,7 @@ def test_processes_make_the_same_global_batches_and_resume_on_another_number_of_
 
 @pytest.mark.parametrize("mixing", ["batch", "record"])
 def test_large_batches_are_made_in_parts(numbered, mixing):
-    """Of 64 images at most, here 50 and 50 and 50, by any number of threads."""
+    """Whatever the number of threads and hosts."""
     settings = {"weights": MIX, "mixing": mixing, "batch_size": 150}
     large = loader({"a": Virtual(1000), "b": numbered}, **settings, threads=3)
     first, second = take(large, 2, start=1)
@@ -146,6 +146,38 @@ def test_large_batches_are_made_in_parts(numbered, mixing):
         loader({"a": Virtual(1000), "b": numbered}, **settings, process_index=i, process_count=3) for i in range(3)
     ]
     assert_same([first, second], global_batches([take(host, 2, start=1) for host in hosts]))
+
+
+class Together(Virtual):
+    """Gives the first records only when `readers` threads want one at the same time."""
+
+    def __init__(self, length, readers):
+        super().__init__(length)
+        self._all_here, self._barrier = threading.Event(), threading.Barrier(readers, timeout=30)
+
+    def __getitem__(self, index):
+        if not self._all_here.is_set():
+            self._barrier.wait()
+            self._all_here.set()
+        return super().__getitem__(index)
+
+
+def test_all_threads_make_the_first_batch_after_a_resume():
+    together = loader(Together(16, readers=4), batch_size=16, threads=4)
+    (batch,) = take(together, 1, start=5)  # with fewer at work it waits in vain
+    np.testing.assert_array_equal(batch["index"], together.record_ids(5))
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "threads", "workers"), [(4096, 512, 16, 0), (128, 256, 16, 0), (32, 256, 16, 0), (64, 512, 8, 4)]
+)
+def test_what_is_made_ahead_is_bounded(images, side, threads, workers):
+    image = 3 * side**2
+    parts, ahead = parts_of_batch(images, image, threads, workers)
+    part, makers = -(-images // parts) * image, threads * max(workers, 1)
+    assert part <= 32 << 20 and part * makers <= images * image + makers * 4 * image
+    made = ahead * max(workers, 1) * part
+    assert images * image <= made <= max(600e6, 1.1 * images * image + makers * part)
 
 
 @pytest.mark.parametrize("start", [1, 6, 13])
@@ -243,7 +275,7 @@ def test_a_dead_worker_is_an_error_and_no_hang(numbered):
     assert len(victims) == 2
     os.kill(victims[-1].pid, signal.SIGKILL)
     began = time.time()
-    with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
+    with pytest.raises(ChildProcessError, match="data worker process ended with exit code -9.*lower data.workers"):
         while time.time() - began < 60:
             next(batches)
     batches.close()
@@ -320,7 +352,8 @@ def test_broken_records_are_counted_by_source_and_kind(odd):
     counted = odd(threads=2)
     asked = np.concatenate([counted.record_ids(step) for step in range(6)])
     batches = take(counted, 6)
-    assert all(set(batch) == {"image", "index"} for batch in batches)
+    assert all(set(batch) == {"image", "index", "broken"} for batch in batches)
+    assert sum(batch["broken"] for batch in batches).sum() == counted.counts.total()
     shown = np.concatenate([batch["index"] for batch in batches])
     replaced = np.isin(asked, (1, 3, 4))
     assert np.all(shown[~replaced] == asked[~replaced]) and not np.isin(shown, (1, 3, 4)).any()
