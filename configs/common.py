@@ -155,7 +155,7 @@ def lvd_like_mixture() -> ConfigDict:
     """
     return ConfigDict(
         {
-            "imagenet": source("tfds", "imagenet2012:train", weight=0.1),
+            "imagenet": source("tfds", "imagenet2012:train", weight=0.1, data_dir=""),  # "": tfds' own folder
             "large": source("images", "", weight=0.9),
         }
     )
