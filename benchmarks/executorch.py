@@ -60,9 +60,12 @@ PAPER = {
 Record = dict[str, Any]
 
 
-def take_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: float, label: str) -> dict[Any, list]:
+def take_turns(
+    runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: float, label: str, warm: bool = False
+) -> dict[Any, list]:
     """Milliseconds of every run, after a warm-up: all of them in turn, `rounds` times or until `seconds` have passed
-    (then at least three). Pairs: of the wall clock, and of this process on all its processors."""
+    (then at least three). Pairs: of the wall clock, and of this process on all its processors. With `warm` each runs
+    untimed right before, so that short ones find their data in the caches as they would inside a model."""
     pause = 0.005 if torch.get_num_threads() > 1 else 0  # threads of the run before may still spin
     for run in runs.values():
         run()
@@ -73,6 +76,8 @@ def take_turns(runs: Mapping[Any, Callable[[], object]], rounds: int, seconds: f
             break
         for name, run in runs.items():
             time.sleep(pause)
+            if warm:
+                run()
             wall, cpu = time.perf_counter(), time.process_time()
             run()
             found[name].append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
@@ -144,7 +149,7 @@ def bound(vit: torch_vit.VisionTransformer, side: int, threads: int, run: Callab
     for shape, count in matmul_bound.shapes(vit, side).items():
         label = "x".join(map(str, shape))
         field = {**matmul_bound.contenders(shape, threads), "model": run}
-        times = take_turns(field, args.runs, args.seconds / 7, f"products {label}, {threads} threads")
+        times = take_turns(field, args.runs, args.seconds / 7, f"products {label}, {threads} threads", warm=True)
         model += [pair[clock] for pair in times.pop("model")]
         medians = {
             name: float(np.median([pair[clock] for pair in t])) / matmul_bound.COPIES for name, t in times.items()
