@@ -1,12 +1,15 @@
 """One training run, top to bottom. The same lines serve all three stages: only the config differs."""
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -52,6 +55,8 @@ def train(
     check_evals(evals, config.log_every)
     main_process = jax.process_index() == 0
     check_workdir(workdir, config)
+    data = pipeline.Data(config)
+    check_data(workdir, data.facts)
     mesh = make_mesh(config.mesh.fsdp)
     LOGGER.info("%d devices, mesh %s", jax.device_count(), dict(mesh.shape))
 
@@ -71,7 +76,7 @@ def train(
     start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
 
     # ---- what it sees
-    batches = pipeline.batches(config, teachers.hosts, mesh, start_step=start)
+    batches = data.batches(teachers.hosts, mesh, start_step=start)
 
     # ---- the step, once for every combination of resolutions
     state_shardings = shardings(state, mesh)
@@ -86,7 +91,8 @@ def train(
     schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
 
     if main_process:
-        record_config(workdir, config)
+        _record(workdir / "config.json", config.to_dict())
+        _record(workdir / "data.json", data.facts)
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
     running = RunningMetrics()
@@ -107,23 +113,21 @@ def train(
         if start:  # what was due at the step this run resumes from, and may have been killed
             evaluate(evals_due(evals, start, config.total_steps), start)
         for step in range(start, end):
-            chosen = resolutions.choose(
-                config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config)
-            )
+            chosen = resolutions.choose(config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config))
             state, metrics = steps[chosen](state, next(batches), teachers.variables, statistics_arrays)
             running.add(metrics)
             if step > start and step % config.log_every == 0:
-                log(step, running.pop())
+                log(step, running.pop() | batches.broken(before=step))
             done = step + 1
             bar.update()
             due = evals_due(evals, done, config.total_steps)
             saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
             if due:  # saved and logged first: a run that is killed while evaluating loses nothing
-                log(done, running.pop(final=True))  # what the next step would log
+                log(done, running.pop(final=True) | batches.broken(before=done))  # what the next step would log
                 saver.wait()
                 evaluate(due, done)
         if start < end:
-            log(end, running.pop(final=True))
+            log(end, running.pop(final=True) | batches.broken(before=end))
     finally:
         bar.close()
         batches.close()
@@ -169,11 +173,30 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
             )
 
 
-def record_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes config.json, atomically."""
-    partial = workdir / ".config.json.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2))
-    partial.replace(workdir / "config.json")
+def check_data(workdir: epath.Path, facts: Mapping[str, Mapping]) -> None:
+    """Refuses data that another host, or the run in this workdir so far, does not see: another number of records is
+    another order.
+
+    Raises:
+      ValueError: names the hosts, or the sources and what changed.
+    """
+    digest = np.frombuffer(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
+    hosts = process_allgather(digest).reshape(-1, digest.size)
+    if others := np.flatnonzero(np.any(hosts != hosts[0], axis=1)).tolist():
+        raise ValueError(f"hosts {others} see other data than host 0: give all hosts the same files; here: {facts}")
+    path = workdir / "data.json"
+    if path.exists() and (differences := list(_differences(json.loads(path.read_text()), facts, "data."))):
+        raise ValueError(
+            f"{workdir} holds a run on other data: bring it back, or choose another workdir: "
+            + "; ".join(f"{field} was {old!r}, not {new!r}" for field, old, new in differences)
+        )
+
+
+def _record(path: epath.Path, value: Mapping) -> None:
+    """Writes JSON, atomically."""
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_text(json.dumps(value, indent=2))
+    partial.replace(path)
 
 
 def _differences(old: object, new: object, prefix: str = ""):

@@ -1,16 +1,17 @@
 """From a config to batches on the mesh, and to the functions that consume them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from eupe_jax.data import sources as source_kinds
 from eupe_jax.data.augment import AugmentConfig, augment, host_augment, sample_keys
-from eupe_jax.data.host import HostConfig
+from eupe_jax.data.host import REASONS, HostConfig
 from eupe_jax.data.loader import Loader
 from eupe_jax.data.teacher_stage import with_host_teachers
 from eupe_jax.distill import resolutions
@@ -86,36 +87,92 @@ def host_config(data: ConfigDict) -> HostConfig:
     )
 
 
-def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> Iterator[dict]:
-    """Global batches on the mesh from `start_step` on: {"image": uint8 [B, S, S, 3], "index": [B]}; with host teachers
-    or a feature cache also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done.
+class Data:
+    """What a run sees, opened: its image sources or its feature cache.
 
     Raises:
-      ValueError, OSError: at once, when the sources or the cache cannot be opened.
+      ValueError, OSError: the sources or the cache cannot be opened, or do not fit the config.
     """
-    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    if (cache := open_cache(config)) is not None:
-        local = cache.batches(start_step, batch_size=config.batch_size, seed=config.seed, **here)
+
+    def __init__(self, config: ConfigDict) -> None:
+        self._config = config
+        self._here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._cache = open_cache(config)
+        self._loader = make_loader(config, **self._here) if self._cache is None else None
+
+    @property
+    def facts(self) -> dict[str, dict]:
+        """What identifies the data, as JSON takes it: records and digest of every source, or those of the cache."""
+        if self._cache is not None:
+            return {"feature_cache": {"records": self._cache.records, "fingerprint": self._cache.fingerprint}}
+        opened = self._loader.sources
+        return {"sources": {name: {"records": len(s), "digest": s.digest} for name, s in opened.items()}}
+
+    def batches(self, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> "Batches":
+        """Global batches from `start_step` on, with the features of these host teachers."""
+        config, loader = self._config, self._loader
+        if loader is None:
+            local = self._cache.batches(start_step, batch_size=config.batch_size, seed=config.seed, **self._here)
+            if hosts:
+                local = with_host_teachers(local, hosts, start_step=start_step)
+            return Batches(local, batch_sharding(mesh), start_step)
+        local = loader.batches(start_step)
         if hosts:
-            local = with_host_teachers(local, hosts, start_step=start_step)
-        return _on_mesh(local, batch_sharding(mesh))
-    loader = make_loader(config, **here)
-    local = loader.batches(start_step)
-    if hosts:
-        run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed)
-        local = with_host_teachers(
-            local, hosts, run_augment, start_step=start_step, first_position=loader.first_position
-        )
-    return _on_mesh(local, batch_sharding(mesh))
+            run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed)
+            local = with_host_teachers(
+                local, hosts, run_augment, start_step=start_step, first_position=loader.first_position
+            )
+        return Batches(local, batch_sharding(mesh), start_step, list(loader.sources))
 
 
-def _on_mesh(local: Iterator[dict], sharding: NamedSharding) -> Iterator[dict]:
-    try:
-        for batch in local:
-            yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-    finally:
-        if hasattr(local, "close"):
-            local.close()
+class Batches:
+    """Global batches on the mesh: {"image": uint8 [B, S, S, 3], "index": [B]}; with host teachers or a feature cache
+    also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done.
+    """
+
+    def __init__(
+        self, local: Iterator[dict], sharding: NamedSharding, start_step: int, sources: Sequence[str] = ()
+    ) -> None:
+        self._local, self._sharding, self._sources = local, sharding, sources
+        self._step = start_step
+        self._broken: dict[int, np.ndarray] = {}  # step -> [sources, kinds] of this host's part of its batch
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict:
+        try:
+            batch = next(self._local)
+        except BaseException:
+            self.close()
+            raise
+        if (broken := batch.pop("broken", None)) is not None and broken.any():
+            self._broken[self._step] = broken
+        self._step += 1
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._sharding, np.asarray(x)), batch)
+
+    def broken(self, *, before: int) -> dict[str, int]:
+        """{"data/broken/SOURCE/KIND": how often such records were met} in the batches of the steps before `before`
+        that were not asked about yet, on all hosts together; none that are zero. All hosts must call it alike.
+        """
+        if not self._sources:
+            return {}
+        counts = np.zeros((len(self._sources), len(REASONS)), np.int32)
+        for step in [step for step in self._broken if step < before]:
+            counts += self._broken.pop(step)
+        total = process_allgather(counts).reshape(-1, *counts.shape).sum(axis=0)
+        return {
+            f"data/broken/{self._sources[source]}/{REASONS[kind]}".replace(" ", "_"): int(total[source, kind])
+            for source, kind in zip(*np.nonzero(total), strict=True)
+        }
+
+    def close(self) -> None:
+        self._local.close()
+
+
+def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> Batches:
+    """The batches of a config's data, opened for them alone; see `Data`."""
+    return Data(config).batches(hosts, mesh, start_step=start_step)
 
 
 def device_augment(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> Callable | None:
