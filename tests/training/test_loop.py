@@ -4,12 +4,16 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from ml_collections import ConfigDict
+from PIL import Image
 
 import eupe_jax
+from configs import common
 from eupe_jax.distill.normalization import StatisticsMismatch
 from eupe_jax.models import interchange
 from eupe_jax.sharding import rules
-from eupe_jax.training import checkpoints, pipeline
+from eupe_jax.sharding.mesh import make_mesh
+from eupe_jax.training import checkpoints, loop, pipeline
 from eupe_jax.training.loop import Eval, train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
@@ -146,8 +150,6 @@ def test_proxy_as_teacher_brings_its_chain(whole_run, tmp_path):
     config, workdir, state = whole_run
     config = tiny_config(steps=1)
     del config.teachers["a"], config.teachers["b"]
-    from configs import common
-
     config.teachers.proxy = common.encoder_teacher("eupe_vitt16", (32,), checkpoint=str(workdir))
     config.teachers.proxy.dtype = "float32"
     measure_statistics(config, tmp_path / "statistics")
@@ -180,6 +182,69 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
     other.optimizer.weight_decay = 0.5
     with pytest.raises(ValueError, match=r"optimizer.weight_decay=0.0001 \(now 0.5\)"):
         train(other, workdir)
+
+
+@pytest.fixture
+def folder_run(tiny_statistics, tmp_path):
+    """Config of a run on a folder of ten pictures, two of them broken."""
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        Image.new("RGB", (50, 50), (20 * i, 90, 0)).save(tmp_path / "photos" / f"{i}.png")
+    for i in (3, 4):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(b"")
+    config = tiny_config(steps=4)
+    del config.teachers["b"]  # quicker
+    config.statistics_from = tiny_statistics
+    config.data.sources = ConfigDict({"photos": common.source("images", str(tmp_path / "photos"))})
+    return config
+
+
+def broken_of_steps(config, start, *befores):
+    """What is counted between these steps, asked for one batch later, as the loop does."""
+    data = pipeline.Data(config)
+    batches, found = data.batches({}, make_mesh(), start_step=start), []
+    taken = start
+    for before in befores:
+        while taken <= before:
+            next(batches)
+            taken += 1
+        found.append(batches.broken(before=before))
+    batches.close()
+    assert batches.broken(before=befores[-1]) == {}, "each is told once"
+    return found
+
+
+def test_broken_records_are_counted_in_the_metrics_and_other_data_refused(folder_run, tmp_path):
+    config, workdir, name = folder_run, tmp_path / "run", "data/broken/photos/empty"
+    counted = broken_of_steps(config, 0, 1, 2, 3, 4)
+    assert broken_of_steps(config, 2, 3, 4) == counted[2:], "a function of the steps, wherever a run began"
+    assert broken_of_steps(config, 0, 4) == [{name: sum(c.get(name, 0) for c in counted)}]
+    data = pipeline.Data(config)
+    asked = np.concatenate([data._loader.record_ids(step) for step in range(4)])
+    assert sum(c.get(name, 0) for c in counted) >= np.isin(asked, (3, 4)).sum() > 0
+
+    train(config, workdir, stop_at=2)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [{k: v for k, v in line.items() if k.startswith("data/")} for line in lines] == counted[:2]
+
+    before = (workdir / "metrics.jsonl").read_text()
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "new.png")
+    with pytest.raises(ValueError, match=r"other data.*data.sources.photos.digest was .*photos.records was 10, not 11"):
+        train(config, workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before
+    (tmp_path / "photos" / "new.png").unlink()
+    (tmp_path / "photos" / "5.png").write_bytes(b"another size")
+    with pytest.raises(ValueError, match="other data.*data.sources.photos.digest was '[0-9a-f]+', not '[0-9a-f]+'$"):
+        train(config, workdir)
+
+
+def test_hosts_that_see_other_data_are_named(tmp_path, monkeypatch):
+    def gather(digest):
+        return np.stack([digest, digest, digest ^ 1])
+
+    monkeypatch.setattr(loop, "process_allgather", gather)
+    with pytest.raises(ValueError, match=r"hosts \[2\] see other data than host 0: .*'records': 3"):
+        loop.check_data(tmp_path, {"sources": {"a": {"records": 3, "digest": "x"}}})
 
 
 @pytest.mark.parametrize(
