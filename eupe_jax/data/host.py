@@ -6,6 +6,7 @@ lock, and in worker processes. The same bytes and the same place in the run give
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from eupe_jax.data.crop import crop_and_resize, random_crop_box
 from eupe_jax.data.decode import REASONS, BrokenRecord, decode, naming, open_picture
 from eupe_jax.data.order import hash_words
-from eupe_jax.data.sources import Record, Source
+from eupe_jax.data.sources import Record, RecordError, Source, Unavailable
 
 __all__ = [
     "REASONS", "BrokenRecord", "HostConfig", "Reading", "RecordReader", "TooManyBroken", "decode", "make_image",
@@ -27,6 +28,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 16
+_PAUSES = (1, 2, 4, 8)  # seconds between tries to reach storage
 _LISTED = 50  # broken records that the error of too many names
 _NAMED = 1000  # broken records that are remembered and logged by name
 _FEW = 20  # broken records that say nothing of a fraction yet
@@ -110,13 +112,19 @@ def make_image(record: Record, config: HostConfig, generator: np.random.Generato
 
 
 def _read(source: Source, index: int) -> Record:
-    try:
-        return source[index]
-    except BrokenRecord:
-        raise
-    except OSError as e:
-        reason = str(e.strerror or e).removeprefix("cannot be read: ")
-        raise BrokenRecord(e.filename or f"record {index}", f"cannot be read: {reason}", "unreadable") from e
+    """Asks storage that does not answer again, after `_PAUSES`; what is not the record's own fault stays an error, so
+    that no outage changes which records a run sees."""
+    for pause in (*_PAUSES, None):
+        try:
+            return source[index]
+        except RecordError as e:
+            reason = e.reason.removeprefix("cannot be read: ")
+            raise BrokenRecord(e.name, f"cannot be read: {reason}", "unreadable") from e
+        except Unavailable as e:
+            if pause is None:
+                raise
+            log.warning("trying again in %g s: %s", pause, e)
+            time.sleep(pause)
 
 
 class Reading(NamedTuple):

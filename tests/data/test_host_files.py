@@ -28,7 +28,7 @@ from eupe_jax.data.host import (
     make_image,
     random_generator,
 )
-from eupe_jax.data.sources import ImageFolder, Record
+from eupe_jax.data.sources import ImageFolder, Record, RecordError
 
 
 def record(data):
@@ -317,7 +317,7 @@ class Junk:
 
     def __getitem__(self, index):
         if index == 0:
-            raise PermissionError(13, "Permission denied", "locked.jpg")
+            raise RecordError("locked.jpg", "permission denied")
         return Record([b"junk", b"", np.zeros((9, 9, 3), np.uint8)][index % 3], f"record {index}")
 
 

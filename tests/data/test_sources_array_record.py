@@ -10,7 +10,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from source_files import make_images, write_array_records
 
-from eupe_jax.data.sources import ArrayRecordSource, RecordError, open_source, storage
+from eupe_jax.data.sources import ArrayRecordSource, Changed, RecordError, open_source, storage
 from eupe_jax.data.sources.record_codec import pack_record
 from eupe_jax.data.sources.riegeli import NotPlain, Unreadable, read_record, record_table
 from eupe_jax.data.sources.tf_example import bytes_feature
@@ -171,7 +171,7 @@ def test_cut_off_shards(tmp_path):
     path.write_bytes(whole)
     source = ArrayRecordSource(folder)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RecordError, match="train-00001.*changed since the source was opened"):
+    with pytest.raises(Changed, match="train-00001.*changed since the source was opened"):
         source[len(source) - 1]
 
 
@@ -212,7 +212,7 @@ def test_a_manifest_says_what_is_there(tmp_path):
     wrong["shards"][2]["records"] += 1
     (folder / "manifest.json").write_text(json.dumps(wrong))
     source = ArrayRecordSource(folder)
-    with pytest.raises(RecordError, match="images-00002-of-00003"):
+    with pytest.raises(Changed, match="images-00002-of-00003"):
         source[len(source) - 1]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from source_files import make_images, write_tar, write_tars
 
-from eupe_jax.data.sources import ImageFolder, RecordError, TarShards
+from eupe_jax.data.sources import Changed, ImageFolder, TarShards
 from eupe_jax.data.sources.storage import expand_braces
 from eupe_jax.data.sources.tar_index import tar_images
 
@@ -92,7 +92,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, caplog,
     assert any(r.name.endswith("wen.jpg") for r in map(TarShards(folder).__getitem__, range(len(changed))))
     assert built == ["train-000001.tar"] * 2
     # The source that was open before says so instead of reading other bytes.
-    with pytest.raises(RecordError, match="train-000001.tar.*changed since the source was opened"):
+    with pytest.raises(Changed, match="train-000001.tar.*changed since the source was opened"):
         data(first)
 
 

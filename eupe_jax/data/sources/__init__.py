@@ -6,7 +6,7 @@ business (`eupe_jax.data.host`).
 """
 
 from eupe_jax.data.sources.array_record import ArrayRecordSource
-from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, RecordError, Source
+from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Changed, Record, RecordError, Source, Unavailable
 from eupe_jax.data.sources.folder import ImageFolder
 from eupe_jax.data.sources.memory import ArraySource, PackagedPhotos, synthetic
 from eupe_jax.data.sources.parquet import Parquet
@@ -19,6 +19,7 @@ __all__ = [
     "KINDS",
     "ArrayRecordSource",
     "ArraySource",
+    "Changed",
     "ImageFolder",
     "PackagedPhotos",
     "Parquet",
@@ -27,6 +28,7 @@ __all__ = [
     "Source",
     "TarShards",
     "Tfds",
+    "Unavailable",
     "open_source",
     "source_options",
     "synthetic",

@@ -167,6 +167,9 @@ class _Readers:
         try:
             return reader.read([number])[0]  # threads may share it
         except (RuntimeError, ValueError) as e:
+            with self._lock:
+                self._open.pop(file.path, None)
+            _check_storage(file)
             raise RecordError(file.path, f"cannot be read: {e}") from e
 
     def _get(self, file: storage.File):
@@ -180,9 +183,15 @@ class _Readers:
             return reader
 
 
+def _check_storage(file: storage.File) -> None:
+    """Raises what keeps a file from being read at all: array_record says the same of damage and of a lost disk."""
+    storage.RangeReader().read(file, 0, 1)
+
+
 def _open(file: storage.File):
     from array_record.python.array_record_module import ArrayRecordReader
 
+    _check_storage(file)
     reader = ArrayRecordReader(file.path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
     if not reader.ok():
         try:

@@ -29,8 +29,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-class RecordError(OSError):
-    """One record that cannot be read (damaged, empty, gone); the others may be fine. `name`: the record's."""
+class ReadError(OSError):
+    """What sources raise. name: of the record or file. reason: in words."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(errno.EIO, reason, name)
@@ -41,6 +41,25 @@ class RecordError(OSError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class RecordError(ReadError):
+    """One record that cannot be read, by itself (damaged, empty, gone); the others may be fine."""
+
+
+class Unavailable(ReadError):
+    """Storage did not answer or could not be reached: it says nothing of the record, and may be over in a while."""
+
+
+class Refused(Unavailable):
+    """There is no such file, or it is forbidden: the storage does answer, or is not mounted."""
+
+
+class Changed(ReadError):
+    """A file is not what it was when the source was opened: going on would give other records."""
+
+    def __init__(self, name: str, reason: str = "changed since the source was opened; start again"):
+        super().__init__(name, reason)
 
 
 def digest_of(parts: Iterable[object]) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from eupe_jax.data.sources.base import RecordError
+from eupe_jax.data.sources.base import Refused
 from eupe_jax.data.sources.index_cache import IndexCache, default_folder
 from eupe_jax.data.sources.storage import File, forget_listings, list_files, stat
 
@@ -55,7 +55,7 @@ def _unchanged(files: list[File]) -> bool:
     def same(file: File) -> bool:
         try:
             return stat(file.path) == file
-        except RecordError:
+        except Refused:
             return False
 
     if files:

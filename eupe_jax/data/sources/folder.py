@@ -1,11 +1,12 @@
 """Image folders."""
 
+import bisect
 import os
 
 import numpy as np
 
 from eupe_jax.data.sources import storage
-from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, digest_of, in_range, is_image
+from eupe_jax.data.sources.base import IMAGE_SUFFIXES, Record, RecordError, Refused, digest_of, in_range, is_image
 from eupe_jax.data.sources.bucket_listing import list_bucket
 from eupe_jax.data.sources.index_cache import IndexCache, Tables
 from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
@@ -19,7 +20,7 @@ class ImageFolder:
     index_dir: a folder to keep what was found inside tar files, so that they are scanned once; by default only the
       listing of a bucket is kept, in $XDG_CACHE_HOME/eupe_jax/listings. relist: list a bucket again, for new objects.
     Raises FileNotFoundError when there is no such path, and ValueError when it holds no image. What a file holds is
-    found out when it is read.
+    found out when it is read: one that is gone by then, while others are there, is a RecordError.
     """
 
     def __init__(self, path: str | os.PathLike, index_dir: str | None = None, relist: bool = False):
@@ -69,8 +70,29 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Record:
         file, row = self._find(index)
         if row is None:
-            return Record(storage.read_file(file), file)
+            return Record(self._read(file), file)
         return Record(self._reader.read(file, int(row["offset"]), int(row["size"])), f"{file.path}:{member_name(row)}")
+
+    def _read(self, file: str) -> bytes:
+        """Raises RecordError where that file alone is gone or forbidden, and Refused where others of its folder are."""
+        try:
+            return storage.read_file(file)
+        except Refused as e:
+            if any(map(_is_readable, self._others(file))):
+                raise RecordError(file, e.reason) from e
+            raise Refused(file, f"{e.reason}, nor can others of {self.path} be read: is it mounted?") from e
+
+    def _others(self, file: str) -> list[str]:
+        """Up to 16 loose files: those of its own folder that lie next to it, or, without any, some of all folders."""
+        number = bisect.bisect_left(self._loose, self._relative(file))
+        near = self._loose[max(number - 8, 0) : number] + self._loose[number + 1 : number + 9]
+        folder = os.path.dirname(self._relative(file))
+        spread = self._loose[:: -(-len(self._loose) // 16)]
+        chosen = [n for n in near if os.path.dirname(n) == folder] or spread
+        return [path for n in chosen if (path := self._path(n)) != file]
+
+    def _path(self, relative: str) -> str:
+        return os.path.join(self.path, relative).rstrip(os.sep)
 
     def _relative(self, file: str) -> str:
         return file[len(self.path) :].lstrip("/")
@@ -81,8 +103,16 @@ class ImageFolder:
         part = int(np.searchsorted(self._ends, index, side="right"))
         first, within = int(self._firsts[part]), index - (int(self._ends[part - 1]) if part else 0)
         if first < 0:
-            return os.path.join(self.path, self._loose[within - 1 - first]).rstrip(os.sep), None
+            return self._path(self._loose[within - 1 - first]), None
         return self._tars.indices[first].file, self._tars.row(first, within)
+
+
+def _is_readable(file: str) -> bool:
+    try:
+        storage.read_file(file)
+    except Refused:
+        return False
+    return True
 
 
 def _is_wanted(path: str) -> bool:

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eupe_jax.data.sources.base import RecordError, in_range
-from eupe_jax.data.sources.storage import CHANGED, File, is_remote, stat
+from eupe_jax.data.sources.base import Changed, in_range
+from eupe_jax.data.sources.storage import File, check_same, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,17 @@ class IndexCache:
     def table(self, index: Index) -> np.ndarray:
         """The table of a shard, made again where the one on disk is gone or damaged.
 
-        Raises RecordError when the shard is not what it was when it was indexed.
+        Raises Changed when the shard is not what it was when it was indexed.
         """
         if index.table is not None:
             return index.table
         table = self._read(index.file)
         if table is None:
-            if stat(index.file.path) != index.file:
-                raise RecordError(index.file.path, CHANGED)
+            check_same(index.file)
             table = self.build(index.file)
             self._store(index.file, table)
         if len(table) != index.rows or index.digest not in ("", _table_digest(table)):
-            raise RecordError(index.file.path, CHANGED)
+            raise Changed(index.file.path)
         return table
 
     def forget(self, file: File) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eupe_jax.data.sources import storage
 from eupe_jax.data.sources.base import Record, digest_of
 
 
@@ -65,7 +66,7 @@ class PackagedPhotos:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Record:
-        return Record(self._paths[index].read_bytes(), self.names[index])
+        return Record(storage.read_file(str(self._paths[index])), self.names[index])
 
 
 def synthetic(size: int, count: int = 64) -> ArraySource:

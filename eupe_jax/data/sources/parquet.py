@@ -72,7 +72,7 @@ class Parquet:
             return _record(value, name)
         except RecordError as e:
             raise RecordError(name, e.reason) from e
-        except (OSError, ValueError) as e:  # pyarrow's errors are of these
+        except ValueError as e:  # pyarrow's
             raise RecordError(name, f"its row group cannot be read: {e}") from e
 
     def _end_of(self, group: int) -> int:
@@ -222,9 +222,15 @@ def _open_parquet(file: storage.File):
 
 def _load_group(file: storage.File, group: int, column: str) -> tuple[Any, int]:
     """(pyarrow values of one row group, the memory that they take)."""
+    storage.check_same(file)
     if not _is_arrow(file.path):
         with storage.explained(file.path), _open_parquet(file) as f:
-            values = f.read_row_group(group, columns=[column]).column(0)
+            try:
+                values = f.read_row_group(group, columns=[column]).column(0)
+            except OSError as e:
+                if e.errno is None:  # pyarrow's own, of damaged pages
+                    raise RecordError(file.path, f"cannot be read: {e}") from e
+                raise
             return values, values.nbytes
     import pyarrow as pa
 

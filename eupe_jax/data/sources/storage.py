@@ -16,12 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
-from eupe_jax.data.sources.base import RecordError
+from eupe_jax.data.sources.base import Changed, ReadError, RecordError, Refused, Unavailable
 
 PathLike = str | os.PathLike
-
-CHANGED = "changed since the source was opened; start again"
-
 
 _REQUESTS = 32  # at once, to look files up
 
@@ -99,9 +96,15 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def stat(path: str) -> File:
-    """Size and version of one file. Raises RecordError (of a bucket) or OSError where there is none."""
+    """Size and version of one file. Raises Refused where there is none."""
     with explained(path):
         return _remote_file(path, _filesystem(path).info(path)) if is_remote(path) else _local_file(path)
+
+
+def check_same(file: File) -> None:
+    """Raises Changed where a file is not what it was, and Refused where it is gone."""
+    if stat(file.path) != file:
+        raise Changed(file.path)
 
 
 def forget_listings(path: str) -> None:
@@ -116,7 +119,10 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
     with explained(path):
-        return _filesystem(path).isfile(path)
+        try:
+            return _filesystem(path).info(path)["type"] == "file"  # its `isfile` takes any failure for a no
+        except FileNotFoundError:
+            return False
 
 
 def _local_file(path: str) -> File:
@@ -125,19 +131,25 @@ def _local_file(path: str) -> File:
 
 
 def walk(path: str) -> list[str]:
-    """Every file below a folder, sorted; hidden ones are passed over, links followed, but none back up."""
-    if os.path.isfile(path):
-        return [path]
-    files, seen = [], set()
-    for folder, below, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = [b for b in below if not b.startswith(".")]
-        files += [os.path.join(folder, n) for n in names if not n.startswith(".")]
-    return sorted(files)
+    """Every file below a folder, sorted; hidden ones are passed over, links followed, but none back up.
+
+    A folder that several links lead to counts under each of them.
+    """
+    return [path] if os.path.isfile(path) else sorted(_below(path, frozenset()))
+
+
+def _below(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """Files below `folder`. above: the real paths of the folders that led to it."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link back up
+        return
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_dir():
+            yield from _below(entry.path, above | {real})
+        else:
+            yield entry.path
 
 
 def _filesystem(path: str):
@@ -189,7 +201,28 @@ def open_file(file: File) -> BinaryIO:
     if not is_remote(file.path):
         return open(file.path, "rb")
     with explained(file.path):
-        return _filesystem(file.path).open(file.path, "rb", block_size=8 << 20, cache_type="readahead")
+        fs = _filesystem(file.path)
+        return _Explained(file.path, fs.open(file.path, "rb", block_size=8 << 20, cache_type="readahead"))
+
+
+class _Explained:
+    """A file of a bucket whose reads fail as `explained` has it, also inside of other libraries."""
+
+    def __init__(self, path: str, file: BinaryIO):
+        self._path, self._file = path, file
+
+    def read(self, size: int = -1) -> bytes:
+        with explained(self._path):
+            return self._file.read(size)
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_Explained":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
 
 
 class RangeReader:
@@ -207,15 +240,31 @@ class RangeReader:
         return RangeReader, (self._limit,)
 
     def read(self, file: File, offset: int, size: int) -> bytes:
-        """Bytes offset .. offset + size. Raises RecordError when the file is gone, shorter, or not `file` any more."""
+        """Bytes offset .. offset + size.
+
+        Raises Changed when the file is shorter or not `file` any more, Unavailable when it cannot be read or is gone,
+        and RecordError when it never was that long.
+        """
         if is_remote(file.path):
             with explained(file.path):
                 data = _filesystem(file.path).cat_file(file.path, start=offset, end=offset + size) if size else b""
         else:
-            data = self._descriptor(file).read(offset, size)
+            data = self._read_local(file, offset, size)
         if len(data) != size:
+            if offset + size <= file.size:
+                raise Changed(file.path)
             raise RecordError(file.path, f"ends at byte {offset + len(data)}, within a record up to {offset + size}")
         return data
+
+    def _read_local(self, file: File, offset: int, size: int) -> bytes:
+        descriptor = self._descriptor(file)
+        try:
+            return descriptor.read(offset, size)
+        except Unavailable:
+            with self._lock:  # whoever tries again opens it anew: a stale handle stays stale
+                if self._open.get(file.path) is descriptor:
+                    del self._open[file.path]
+            raise
 
     def _descriptor(self, file: File) -> "_Descriptor":
         with self._lock:
@@ -234,17 +283,18 @@ class _Descriptor:
     """An open local file; closes itself."""
 
     def __init__(self, file: File):
-        self._number = -1
+        self._number, self._path = -1, file.path
         with explained(file.path):
             self._number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self._number)
+            status = os.fstat(self._number)
         if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
-            raise RecordError(file.path, CHANGED)
+            raise Changed(file.path)
 
     def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._number, size, offset)
-        while 0 < len(data) < size and (more := os.pread(self._number, size - len(data), offset + len(data))):
-            data += more
+        with explained(self._path):
+            data = os.pread(self._number, size, offset)
+            while 0 < len(data) < size and (more := os.pread(self._number, size - len(data), offset + len(data))):
+                data += more
         return data
 
     def __del__(self):
@@ -254,15 +304,18 @@ class _Descriptor:
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Turns what storage libraries raise into a RecordError: the path and one clear reason."""
+    """Turns what storage libraries raise into Unavailable or Refused: the path and one clear reason.
+
+    Never into a RecordError: whether one file alone is missing, only its source can tell.
+    """
     try:
         yield
-    except RecordError:
+    except ReadError:
         raise
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         if is_remote(path):
-            raise RecordError(path, "no such object, folder or bucket") from e
-        raise RecordError(e.filename or path, "no such file") from e
+            raise Refused(path, "no such object, folder or bucket") from e
+        raise Refused(e.filename or path, "no such file") from e
     except (ImportError, ValueError, MemoryError):
         raise
     except Exception as e:  # gcsfs and aiohttp have their own classes for HTTP errors and broken connections
@@ -270,5 +323,5 @@ def explained(path: str) -> Iterator[None]:
             raise
         said = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())
         if isinstance(e, PermissionError) or re.search(r"forbidden|\b40[13]\b|anonymous caller", said, re.IGNORECASE):
-            raise RecordError(path, f"access is forbidden; check permissions and credentials ({said})") from e
-        raise RecordError(path, f"cannot be read: {said}") from e
+            raise Refused(path, f"access is forbidden; check permissions and credentials ({said})") from e
+        raise Unavailable(path, f"cannot be read: {said}") from e

@@ -1,5 +1,6 @@
 """TensorFlow Datasets, without TensorFlow."""
 
+import os
 import posixpath
 import re
 
@@ -59,6 +60,7 @@ class Tfds:
         except Exception as e:  # tfds raises many kinds, some of a hundred lines
             reason = " ".join(str(e).split())
             raise ValueError(f"tfds {name!r} split {split!r}{where} cannot be opened: {reason[:400]}") from e
+        self._info = os.path.join(builder.data_dir, "dataset_info.json")
         self.digest = digest_of((builder.info.full_name, split, len(self._data)))
 
     def __len__(self) -> int:
@@ -70,6 +72,7 @@ class Tfds:
         try:
             image = self._data[index][key]
         except (RuntimeError, ValueError) as e:
+            storage.read_file(self._info)  # says whether the folder is there
             raise RecordError(f"{name}/{split}[{index}]", f"cannot be read: {e}") from e
         return Record(image if isinstance(image, bytes) else np.asarray(image), f"{name}/{split}[{index}]")
 
