@@ -30,6 +30,9 @@ MAX_SIDE = flags.DEFINE_integer("max_side", 0, "shrink larger images to this sid
 SIDE = flags.DEFINE_enum("side", "longest", ["longest", "shortest"], "which side --max_side bounds")
 QUALITY = flags.DEFINE_integer("quality", 90, "JPEG quality of shrunk images", lower_bound=1, upper_bound=100)
 CHECK = flags.DEFINE_enum("check", "header", ["header", "decode"], "what is read of images that stay as they are")
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", ImageOptions.max_pixels, "images of more pixels count as broken", lower_bound=1
+)
 ON_BROKEN = flags.DEFINE_enum(
     "on_broken", "stop", packing.POLICIES, "broken images: stop past --max_broken_fraction, drop them all, or keep them"
 )
@@ -58,7 +61,7 @@ def main() -> None:
         source_options=options,
         shards=SHARDS.value or -(-len(source) // SHARD_RECORDS.value),
         name=NAME.value,
-        images=ImageOptions(MAX_SIDE.value, SIDE.value, QUALITY.value, CHECK.value),
+        images=ImageOptions(MAX_SIDE.value, SIDE.value, QUALITY.value, CHECK.value, MAX_PIXELS.value),
         on_broken=ON_BROKEN.value,
         max_broken_fraction=FRACTION.value,
         workers=WORKERS.value,

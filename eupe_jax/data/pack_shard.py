@@ -49,6 +49,8 @@ class ImageOptions:
             raise ValueError(f"quality must be in 1..100, got {self.quality}")
         if self.check not in ("header", "decode"):
             raise ValueError(f"check must be 'header' or 'decode', got {self.check!r}")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be positive, got {self.max_pixels}")
 
 
 class Shard(NamedTuple):
@@ -153,6 +155,7 @@ def write_shard(
 
 
 def _read(source: Source, index: int) -> tuple[Record, BrokenRecord | None]:
+    """The record, or what is wrong with it alone. Raises Unavailable and Changed: they say nothing of the record."""
     try:
         return source[index], None
     except RecordError as e:
@@ -166,14 +169,22 @@ def _relative(name: str, roots: tuple[str, ...]) -> str:
 
 def check_broken(broken: list[dict], most: int) -> None:
     """Raises BrokenImages, which lists them, when there are more than `most`."""
-    if len(broken) <= most:
-        return
+    if len(broken) > most:
+        raise BrokenImages(
+            f"more broken images than --max_broken_fraction allows ({most}); look at them, then raise it or choose "
+            f"--on_broken=drop or keep (finished shards stay): {_listed(broken)}"
+        )
+
+
+def check_any(records: int, broken: list[dict]) -> None:
+    """Raises BrokenImages, which lists them, when there is no other image."""
+    if not records:
+        raise BrokenImages(f"every image is broken, so there is nothing to pack: {_listed(broken)}")
+
+
+def _listed(broken: list[dict]) -> str:
     names = "; ".join(f"{b['name']} ({b['reason']})" for b in broken[:20])
-    raise BrokenImages(
-        f"more broken images than --max_broken_fraction allows ({most}); look at them, then raise it or choose "
-        f"--on_broken=drop or keep (finished shards stay): {names}"
-        + (f"; and {len(broken) - 20} more" if len(broken) > 20 else "")
-    )
+    return names + (f"; and {len(broken) - 20} more" if len(broken) > 20 else "")
 
 
 class _Writer:

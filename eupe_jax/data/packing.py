@@ -26,7 +26,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from eupe_jax.data.pack_shard import ImageOptions, Shard, check_broken, find_damage, flush, write_shard
+from eupe_jax.data.pack_shard import ImageOptions, Shard, check_any, check_broken, find_damage, flush, write_shard
 from eupe_jax.data.processes import end_with_parent
 from eupe_jax.data.sources import Source
 
@@ -34,6 +34,9 @@ MANIFEST = "manifest.json"
 WORK = ".pack"
 FORMAT = "eupe_jax packed images 1"
 POLICIES = ("stop", "drop", "keep")
+
+# Options of sources that say how they are read, not what: the digest tells whether the records are the same.
+_HOW = frozenset({"index_dir", "cache_mib", "relist"})
 
 
 def pack(
@@ -62,7 +65,8 @@ def pack(
 
     Raises:
       BrokenImages: lists them. ValueError: `out` holds something else, or settings do not fit.
-      OSError: disk full, unreadable source, another pack is at work there, or a worker died.
+      OSError: disk full, a source whose storage fails (Unavailable) or was Changed, another pack is at work there, or a
+        worker died.
     """
     if on_broken not in POLICIES:
         raise ValueError(f"on_broken must be one of {POLICIES}, got {on_broken!r}")
@@ -88,6 +92,7 @@ def pack(
                 entries[entry["file"]] = entry
                 check_broken(_broken_of(entries), most)
         manifest = _manifest(plan, [entries[s.file] for s in _shards(len(source), shards, name)], on_broken)
+        check_any(manifest["records"], _broken_of(entries))
         write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / WORK)
     return manifest
@@ -201,14 +206,19 @@ def _is_there(folder: Path, entry: dict) -> bool:
 
 
 def _check_same(folder: Path, old: dict, plan: dict) -> None:
-    before, now = _fields(old), _fields(plan)
+    before, now = _fields(_content(old)), _fields(_content(plan))
     differences = [
-        f"{field}={before.get(field)!r} (now {value!r})"
-        for field, value in now.items()
-        if before.get(field) != value and field != "source.path"  # the same images may lie elsewhere
+        f"{field}={before.get(field)!r} (now {value!r})" for field, value in now.items() if before.get(field) != value
     ]
     if differences:
         raise ValueError(f"{folder} holds another pack; choose another folder or go back to: {'; '.join(differences)}")
+
+
+def _content(plan: dict) -> dict:
+    """Without what may be another for the same records: where they lie and how they are read."""
+    source = {key: value for key, value in plan["source"].items() if key != "path"}
+    source["options"] = {key: value for key, value in source["options"].items() if key not in _HOW}
+    return {**plan, "source": source}
 
 
 def _fields(plan: dict) -> dict[str, object]:
