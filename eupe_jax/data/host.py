@@ -177,11 +177,8 @@ class RecordReader:
         with self._lock:
             self.reads += 1
             self.counts[source, error.kind] += 1
-            if error.name not in self.broken and len(self.broken) < _NAMED:
-                log.warning("broken record of %s replaced (%s): %s", source, error.kind, error)
+            if new := error.name not in self.broken and len(self.broken) < _NAMED:
                 self.broken[error.name] = error.reason
-                if len(self.broken) == _NAMED:
-                    log.warning("that was broken record %d; more of them are counted, but not named", _NAMED)
             broken, allowed = self.counts.total(), self._config.max_broken_fraction
             if broken > max(allowed * self.reads, _FEW if allowed else 0):
                 kinds = ", ".join(f"{name}: {n} {kind}" for (name, kind), n in sorted(self.counts.items()))
@@ -190,6 +187,10 @@ class RecordReader:
                     f"data.max_broken_fraction={allowed} allows",
                     self.broken,
                 ) from error
+            if new:
+                log.warning("broken record of %s replaced (%s): %s", source, error.kind, error)
+                if len(self.broken) == _NAMED:
+                    log.warning("that was broken record %d; more of them are counted, but not named", _NAMED)
 
     def __getstate__(self):
         return self._config, self._seed

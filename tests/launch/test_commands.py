@@ -1,12 +1,15 @@
 """The commands as a user types them: bad input ends in one line, a non-zero status, and nothing half-written."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from launch import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "--config=configs/stage2_vitt.py:runlocal"
@@ -54,6 +57,43 @@ def test_train_refuses_an_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     assert_one_line(run("launch/train.py", RECIPE, f"--workdir={tmp_path}/file/run"), "file/run")
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_folder_of_junk_ends_in_its_list(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(30):
+        (tmp_path / "photos" / f"{i}.jpg").write_text("no picture")
+    recipe = tmp_path / "junk.py"
+    recipe.write_text(
+        "from configs import common, stage2_vitt\n\n\n"
+        "def get_config():\n"
+        '    config = stage2_vitt.get_config("runlocal")\n'
+        "    with config.unlocked():\n"
+        f'        config.data.sources = {{"photos": common.source("images", {str(tmp_path / "photos")!r})}}\n'
+        "    return config\n"
+    )
+    result = run("launch/train.py", f"--config={recipe}", f"--workdir={tmp_path}/run")
+    assert_one_line(result, "were broken")
+    lines = result.stderr.splitlines()
+    listed = [line for line in lines[lines.index("broken records:") :] if line.startswith("  ")]
+    assert len(listed) > 10 and all(re.fullmatch(r"  \S+/photos/\d+\.jpg: not an image .*", line) for line in listed)
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), ChildProcessError("a data worker process ended")])
+def test_errors_end_in_their_notes_and_one_line(error, monkeypatch, capsys):
+    error.add_note("broken records:\n  a.jpg: empty")
+
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(cli, "set_up_logging", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 2
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert notes == ["broken records:", "  a.jpg: empty"]
+    assert line == f"error: {' '.join(str(error).split())} [EUPE_TRACEBACK=1 shows where]"
 
 
 def test_unknown_recipe_and_mode():
