@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import resource
 import shutil
 import time
@@ -18,6 +19,7 @@ from eupe_jax.data.sources.base import Refused
 from eupe_jax.data.sources.record_codec import pack_record
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+MemoryFile = pytest.importorskip("fsspec.implementations.memory").MemoryFile
 
 IMAGES = make_images()
 WRITERS = {"images": write_folder, "tar": write_tars, "parquet": write_parquet, "array_record": None}
@@ -36,9 +38,9 @@ def write(kind, folder, options="group_size:1,uncompressed"):
 
 @pytest.fixture
 def bucket(tmp_path):
-    """fsspec's memory with a folder of images and of tar shards."""
+    """fsspec's memory with a folder of every kind."""
     fs = fsspec.filesystem("memory")
-    for kind in ("images", "tar"):
+    for kind in WRITERS:
         for file in write(kind, tmp_path / kind).iterdir():
             fs.pipe_file(f"outage/{kind}/{file.name}", file.read_bytes())
     yield "memory://outage"
@@ -70,7 +72,7 @@ class HttpError(Exception):
     """As gcsfs and aiohttp have them: no OSError."""
 
 
-@pytest.mark.parametrize("kind", ["images", "tar"])
+@pytest.mark.parametrize("kind", ["images", "tar", "array_record"])
 @pytest.mark.parametrize(
     "error",
     [
@@ -92,6 +94,40 @@ def test_a_pack_stops_at_an_outage_and_then_goes_on_with_every_record(bucket, tm
     assert len(list((tmp_path / "out").glob("*.array_record"))) == 1
     assert pack(source, tmp_path / "out", kind=kind) == whole
     assert whole["records"] == len(IMAGES) and not any(shard["broken"] for shard in whole["shards"])
+
+
+def test_an_outage_within_a_parquet_file_is_no_damage(bucket, monkeypatch):
+    source = open_source("parquet", f"{bucket}/parquet", cache_mib=0)
+    reads, failing, real = [], [], MemoryFile.read
+
+    def read(file, size=-1):
+        reads.append(size)
+        if len(reads) in failing:
+            raise HttpError("Service Unavailable, 503")
+        return real(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read)
+    assert source[0].data == IMAGES["0000.png"] and len(reads) >= 2  # of the footer and of the row group
+    for number in range(1, len(reads) + 1):
+        reads.clear()
+        failing[:] = [number]
+        source = pickle.loads(pickle.dumps(source))  # with an empty cache
+        with pytest.raises(Unavailable, match="train-00000-of-00002.parquet: cannot be read: Service Unavailable"):
+            source[0]
+
+
+def test_an_outage_while_opening_does_not_hide_a_manifest(bucket, monkeypatch):
+    def info(fs, path, **kwargs):
+        if path.endswith("manifest.json"):
+            raise HttpError("Service Unavailable, 503")
+        return real(fs, path, **kwargs)
+
+    memory = type(fsspec.filesystem("memory"))
+    real = memory.info
+    assert len(open_source("array_record", f"{bucket}/array_record")) == len(IMAGES)  # it has none
+    monkeypatch.setattr(memory, "info", info)
+    with pytest.raises(ValueError, match=r"^source: memory://.*/manifest.json: cannot be read: Service Unavailable"):
+        open_source("array_record", f"{bucket}/array_record")
 
 
 @pytest.mark.parametrize("gone", ["deleted", "unmounted"])
