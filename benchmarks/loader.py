@@ -145,6 +145,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=16, help="side of the images (default: 16)")
     parser.add_argument("--rounds", type=int, default=15, help="of the timings (default: 15)")
     args = parser.parse_args(argv)
+    for name in ("batches", "batch_size", "size", "rounds"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"error: --{name} must be positive, got {getattr(args, name)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     startup = {
         f"{mixing}, step {step}": round(measure_startup(mixing, step, args), 3)
         for mixing in MIXINGS
