@@ -31,8 +31,7 @@ from eupe_jax.training.checkpoints import LoadedEncoder  # noqa: E402
 
 def measure(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray, choose: int) -> dict[str, Any]:
     """One record: what stays float, and int8 against float on all images."""
-    # As convert/to_executorch.py exports int8.
-    network = for_export(weights.to_module(encoder), *images_NxHxWx3.shape[1:3], linear=False)
+    network = for_export(weights.to_module(encoder), *images_NxHxWx3.shape[1:3])
     pixels = gates.normalise(encoder, images_NxHxWx3).transpose(0, 3, 1, 2)
     pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     chosen = quantize.choose_float_layers(network, pixels[:choose])

@@ -59,21 +59,17 @@ class Depthwise(nn.Module):
 
 class ConvNeXtBlock(nn.Module):
     @torch.no_grad()
-    def __init__(self, block: torch_convnext.Block, linear: bool):
+    def __init__(self, block: torch_convnext.Block):
         super().__init__()
-        self.linear, make = linear, folding.linear if linear else folding.pointwise
         first, second = block.pwconv1, block.pwconv2
         self.dwconv = Depthwise(block.dwconv)
         self.standardise = Standardise(first.in_features)
-        self.pwconv1 = make(*folding.after_norm(block.norm, first.weight, first.bias))
-        self.pwconv2 = make(*folding.before_scale(block.gamma, second.weight, second.bias))
+        self.pwconv1 = folding.pointwise(*folding.after_norm(block.norm, first.weight, first.bias))
+        self.pwconv2 = folding.pointwise(*folding.before_scale(block.gamma, second.weight, second.bias))
 
     def forward(self, x_1xCxHxW: Tensor) -> Tensor:
         y = self.standardise(self.dwconv(x_1xCxHxW))
-        if not self.linear:
-            return x_1xCxHxW + self.pwconv2(F.gelu(self.pwconv1(y)))
-        y = self.pwconv2(F.gelu(self.pwconv1(y.flatten(2).transpose(1, 2))))
-        return x_1xCxHxW + y.transpose(1, 2).reshape(x_1xCxHxW.shape)
+        return x_1xCxHxW + self.pwconv2(F.gelu(self.pwconv1(y)))
 
 
 class Shrink(nn.Module):
@@ -112,16 +108,13 @@ class ExportConvNeXt(nn.Module):
         convnext: torch_convnext.ConvNeXt,
         outputs: tuple[str, ...],
         pixels: folding.Pixels | None,
-        linear: bool,
     ):
         super().__init__()
         self.outputs, self.uint8_input = outputs, pixels is not None
         (stem, stem_norm), *shrink = convnext.downsample_layers
         self.stem = nn.Sequential(folding.conv(stem, *folding.of_pixels(stem, pixels)), Norm(stem_norm))
         self.shrink = nn.ModuleList(Shrink(norm, conv) for norm, conv in shrink)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvNeXtBlock(block, linear) for block in stage)) for stage in convnext.stages
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*map(ConvNeXtBlock, stage)) for stage in convnext.stages)
         self.norm = Norm(convnext.norm)
 
     def forward(self, image_1x3xHxW: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ Built from the readable modules, never trained or saved. What differs, and why:
     delegate takes neither `split`, nor rank-4 products, nor the softmax of `scaled_dot_product_attention`.
   * 1 / sqrt(head width), LayerScale and the key-bias mask are folded into weights; rotary tables are constants.
   * ConvNeXt's 7x7 depthwise convolution, too large for the delegate's kernels, is the sum of three smaller ones. Its
-    map is channels-last throughout, with 1x1 convolutions (or linear layers, for int8) over the channels.
+    map is channels-last throughout, with 1x1 convolutions over the channels.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,6 @@ def for_export(
     uint8_input: bool = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    linear: bool = True,
 ) -> ExportVit | ExportConvNeXt:
     """The rewritten network for one image of [1, 3, height, width]; `outputs` names what its forward returns.
 
@@ -37,8 +36,6 @@ def for_export(
       outputs: which of "cls", "storage", "patches" to return; always in that order. Default: all that the model has.
       uint8_input: forward takes uint8 RGB of 0..255; the normalisation by mean and std is in the first convolution.
       mean, std: of each channel, for pixels in [0, 1]; needed with `uint8_input`.
-      linear: ConvNeXt's products over channels are linear layers, as int8 with its scale for each token needs them;
-        False makes them 1x1 convolutions of the map, faster in float32. Nothing changes in a vision transformer.
 
     Raises:
       ValueError: a side is not a positive multiple of the patch size (a phone would silently see a cropped image), an
@@ -56,8 +53,5 @@ def for_export(
     if uint8_input and (mean is None or std is None):
         raise ValueError("uint8_input needs the mean and std of the pixels")
     pixels = (mean, std) if uint8_input else None
-    if is_vit:
-        network = ExportVit(module, height, width, chosen, pixels)
-    else:
-        network = ExportConvNeXt(module, chosen, pixels, linear)
+    network = ExportVit(module, height, width, chosen, pixels) if is_vit else ExportConvNeXt(module, chosen, pixels)
     return network.eval().requires_grad_(False)

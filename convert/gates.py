@@ -50,7 +50,7 @@ def load_images(folder: str | Path | None, height: int, width: int, limit: int =
         try:
             with Image.open(path) as image:
                 images.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)))
-        except (UnidentifiedImageError, OSError) as e:
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
             raise ValueError(f"{path} cannot be read as an image: {e}") from None
     return np.stack(images)
 
@@ -108,11 +108,14 @@ def require(report: Report, tolerance: float, what: str) -> None:
 
 
 def require_cosine(report: Report, what: str) -> None:
-    """Raises GateError unless the mean cosines of class and patch tokens reach INT8_COSINE; a NaN never does."""
+    """Raises GateError unless the mean cosines of class and patch tokens reach INT8_COSINE, which a NaN never does, or
+    where there is neither."""
+    if not set(INT8_COSINE) & set(report):
+        raise GateError(f"{what} cannot be compared without {' or '.join(INT8_COSINE)}; nothing written")
     bad = [
         f"{name} {report[name]['mean_cosine']:.4f} (at least {least:g} is asked for)"
         for name, least in INT8_COSINE.items()
         if name in report and not report[name]["mean_cosine"] >= least
     ]
-    if bad or not report:
+    if bad:
         raise GateError(f"{what} disagree: mean cosine of {', '.join(bad)}; nothing written")

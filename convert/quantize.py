@@ -8,7 +8,7 @@ be judged, and layers chosen, before anything is exported.
 """
 
 import copy
-import logging
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,18 +16,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization.granularity import PerAxis
 from tqdm import tqdm
 
-for _name in ("torchao", "torch.utils._pytree"):  # notices of kernels that no export needs
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_  # noqa: E402
-from torchao.quantization.granularity import PerAxis  # noqa: E402
-
-from convert import gates  # noqa: E402
+from convert import gates
 
 # Half the error that the gate allows: layers are chosen on fewer images than they are gated on.
 TARGETS = {name: (1 + least) / 2 for name, least in gates.INT8_COSINE.items()}
+KNN_IMAGES = 8  # fewer share their neighbours by chance
 
 
 def int8_layers(network: nn.Module) -> list[str]:
@@ -95,6 +92,17 @@ def _falls_short(cosines: Mapping[str, float], targets: Mapping[str, float]) -> 
     return any(not cosine >= targets[name] for name, cosine in cosines.items())  # a NaN always does
 
 
+def _harm(cosines: Mapping[str, float], targets: Mapping[str, float]) -> float:
+    """The largest error as a share of what its target allows; a NaN is worst."""
+    return max((1 - c) / (1 - targets[name]) if c == c else math.inf for name, c in cosines.items())
+
+
+def harm_of_int8(network: nn.Module, images_Nx3xHxW: Tensor, targets: Mapping[str, float] = TARGETS) -> float:
+    """Error of the network with all layers int8, relative to what the targets allow: above 1 some must stay float."""
+    compared = gates.compare(features(network, images_Nx3xHxW), features(quantize(network), images_Nx3xHxW))
+    return _harm({name: compared[name]["mean_cosine"] for name in network.outputs if name in targets}, targets)
+
+
 def choose_float_layers(
     network: nn.Module, images_Nx3xHxW: Tensor, targets: Mapping[str, float] = TARGETS, progress: bool = True
 ) -> dict[str, Any]:
@@ -110,8 +118,9 @@ def choose_float_layers(
 
     Returns:
       "float_layers": names for `quantize`, most harmful first (all layers if nothing less meets the targets);
-      "cosine": of the chosen mixture, by output; "cosine_all_int8": with no float layer; "sensitivity": 1 - cosine of
-      each layer quantised alone, by layer and output, most harmful first; empty where no sweep was needed.
+      "int8_layers": how many are left; "cosine": of the chosen mixture, by output; "cosine_all_int8": with no float
+      layer; "sensitivity": 1 - cosine of each layer quantised alone, by layer and output, most harmful first; empty
+      where no sweep was needed.
 
     Raises:
       ValueError: the network returns none of the targets' outputs.
@@ -136,7 +145,7 @@ def choose_float_layers(
     if _falls_short(everything, targets):
         for name in tqdm(layers, desc="int8 sensitivity", unit="layer", disable=not progress):
             sensitivity[name] = {output: 1 - cosine for output, cosine in cosines([name]).items()}
-        harm = {n: max(e / (1 - targets[o]) for o, e in errors.items()) for n, errors in sensitivity.items()}
+        harm = {n: _harm({o: 1 - e for o, e in errors.items()}, targets) for n, errors in sensitivity.items()}
         sensitivity = {name: sensitivity[name] for name in sorted(layers, key=harm.__getitem__, reverse=True)}
         order = list(sensitivity)
         below, count = 0, len(order)  # `below` float layers are too few; `count` are enough
@@ -150,6 +159,7 @@ def choose_float_layers(
                 count, found = middle, tried
     return {
         "float_layers": list(sensitivity)[:count],
+        "int8_layers": len(layers) - count,
         "cosine": found,
         "cosine_all_int8": everything,
         "sensitivity": sensitivity,
@@ -172,27 +182,23 @@ def int8_report(reference: gates.Features, candidate: gates.Features, k: int = 1
       "cosine": by output, the mean and min over images (and positions) of the cosine between corresponding tokens.
       "knn": for `images` images by class token (mean patch where there is none): `top1`, the share whose nearest
         neighbour among the others is the same, and `overlap`, the mean share of their `k` nearest that both find.
+        `k` is at most a quarter of the others, or the share would be high by itself; left out below 8 images.
 
     Raises:
       GateError: an output is missing in `candidate`, or has another shape there.
-      ValueError: fewer than two images.
     """
     compared = gates.compare(reference, candidate)
+    report: dict[str, Any] = {
+        "cosine": {name: {"mean": c["mean_cosine"], "min": c["cosine"]} for name, c in compared.items()}
+    }
     N = len(next(iter(reference.values())))
-    if N < 2:
-        raise ValueError("nearest neighbours need at least two images")
-    k = min(k, N - 1)
+    if N < KNN_IMAGES:
+        return report
+    k = max(1, min(k, (N - 1) // 4))
     ours, theirs = (
         _neighbours(side["cls"] if "cls" in reference else side["patches"].mean(axis=(1, 2)), k)
         for side in (reference, candidate)
     )
     overlap = [len(set(a) & set(b)) / k for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "cosine": {name: {"mean": c["mean_cosine"], "min": c["cosine"]} for name, c in compared.items()},
-        "knn": {
-            "images": N,
-            "k": k,
-            "top1": float((ours[:, 0] == theirs[:, 0]).mean()),
-            "overlap": float(np.mean(overlap)),
-        },
-    }
+    top1 = float((ours[:, 0] == theirs[:, 0]).mean())
+    return report | {"knn": {"images": N, "k": k, "top1": top1, "overlap": float(np.mean(overlap))}}

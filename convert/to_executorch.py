@@ -60,10 +60,10 @@ def export(
       float_layers: those that int8 leaves alone (quantize.choose_float_layers).
 
     Raises:
-      ValueError: unknown backend or precision, an encoder that does not convert, outputs it does not have, a size that
-        is no multiple of its patches, or one given twice.
+      ValueError: unknown backend or precision, an encoder that does not convert, outputs it does not have or by which
+        int8 cannot be judged, a size that is no multiple of its patches, or one given twice.
     """
-    _check(backend, precision)
+    _check(backend, precision, outputs)
     sizes = _sizes(encoder, resolution)
     start = time.perf_counter()
     module = weights.to_module(encoder)
@@ -92,13 +92,15 @@ def export(
     return ExportResult(lowered.pte, report)
 
 
-def _check(backend: str, precision: str) -> None:
+def _check(backend: str, precision: str, outputs: Sequence[str] | None) -> None:
     if backend not in lowering.BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(lowering.BACKENDS)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     if precision == "int8" and backend == "portable":
         raise ValueError("precision 'int8' needs the backend 'xnnpack'")
+    if precision == "int8" and outputs is not None and not set(outputs) & set(gates.INT8_COSINE):
+        raise ValueError(f"precision 'int8' is judged by {' and '.join(gates.INT8_COSINE)}: name one in the outputs")
 
 
 def _sizes(encoder: LoadedEncoder, resolution: Size | list[Size] | None) -> dict[str, tuple[int, int]]:
@@ -111,9 +113,8 @@ def _sizes(encoder: LoadedEncoder, resolution: Size | list[Size] | None) -> dict
 
 def _network(encoder, module, height, width, outputs=None, uint8_input=False):
     return for_export(
-        module, height, width, outputs=outputs, uint8_input=uint8_input, mean=encoder.mean, std=encoder.std,
-        linear=False,  # 1x1 convolutions are faster in both precisions
-    )  # fmt: skip
+        module, height, width, outputs=outputs, uint8_input=uint8_input, mean=encoder.mean, std=encoder.std
+    )
 
 
 def _quantize(network, float_layers):
@@ -122,13 +123,18 @@ def _quantize(network, float_layers):
     return quantize.quantize(network, float_layers)
 
 
-def choose_float_layers(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray) -> dict[str, Any]:
-    """The layers that int8 has to leave alone, measured on uint8 images (quantize.choose_float_layers)."""
+def choose_float_layers(encoder: LoadedEncoder, photographs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The layers that int8 has to leave alone, measured on {method: uint8 images [N, H, W, 3]} of the size that int8
+    everywhere harms most (quantize.choose_float_layers); "chosen_at" is its method."""
     from convert import quantize
 
-    network = _network(encoder, weights.to_module(encoder), *images_NxHxWx3.shape[1:3])
-    pixels = gates.normalise(encoder, images_NxHxWx3).transpose(0, 3, 1, 2)
-    return quantize.choose_float_layers(network, torch.from_numpy(np.ascontiguousarray(pixels)))
+    module, cases = weights.to_module(encoder), {}
+    for name, images_NxHxWx3 in photographs.items():
+        pixels = gates.normalise(encoder, images_NxHxWx3).transpose(0, 3, 1, 2)
+        network = _network(encoder, module, *images_NxHxWx3.shape[1:3])
+        cases[name] = (network, torch.from_numpy(np.ascontiguousarray(pixels)))
+    worst = max(sorted(cases), key=lambda name: quantize.harm_of_int8(*cases[name])) if len(cases) > 1 else [*cases][0]
+    return quantize.choose_float_layers(*cases[worst]) | {"chosen_at": worst}
 
 
 def gate(
@@ -160,10 +166,9 @@ def gate(
             gates.require_cosine(second, "PyTorch in float and the int8 .pte")
         except gates.GateError as e:
             raise gates.GateError(f"{e}; --allow_inaccurate writes it all the same") from None
-    if len(images_NxHxWx3) > 1:
-        from convert import quantize
+    from convert import quantize
 
-        report["int8"] = quantize.int8_report(reference, found)
+    report["int8"] = quantize.int8_report(reference, found)
     return report
 
 
@@ -212,7 +217,7 @@ def convert(
         raise ValueError(f"--out {out}: the name must end in .pte")
     if threads < 1 or runs < 1:
         raise ValueError(f"threads and runs must be at least 1, got {threads} and {runs}")
-    _check(backend, precision)
+    _check(backend, precision, outputs)
     sizes = _sizes(encoder, resolution)
     module = weights.to_module(encoder)
     for size in sizes.values():  # so that what cannot be is said before the long part
@@ -221,14 +226,19 @@ def convert(
     if onnx:
         _check_onnx(Path(onnx), precision, sizes)
     photographs = {name: gates.load_images(images, *size, limit=IMAGES[precision]) for name, size in sizes.items()}
-    chosen = choose_float_layers(encoder, photographs[next(iter(sizes))][:4]) if precision == "int8" else {}
+    chosen = choose_float_layers(encoder, {n: p[:4] for n, p in photographs.items()}) if precision == "int8" else {}
+    if chosen and not chosen["int8_layers"] and not allow_inaccurate:
+        raise gates.GateError(
+            f"every layer would have to stay float at {chosen['chosen_at']}: int8 does not suit these weights; "
+            "--allow_inaccurate writes it all the same; nothing written"
+        )
     result = export(
         encoder, list(sizes.values()), backend, precision, outputs=outputs, uint8_input=uint8_input,
         float_layers=chosen.get("float_layers", ()),
     )  # fmt: skip
     report = result.report | {"allow_undelegated": allow_undelegated, "allow_inaccurate": allow_inaccurate}
     if chosen:
-        report["sensitivity"] = chosen["sensitivity"]
+        report |= {name: chosen[name] for name in ("chosen_at", "sensitivity")}
     for name, method in report["methods"].items():
         if backend != "portable" and not allow_undelegated:
             delegation.require(method["delegation"], name)
@@ -291,6 +301,8 @@ def summarise(report: Mapping[str, Any]) -> str:
                 f"  int8 vs float neighbours of {knn['images']} images: nearest the same for {knn['top1']:.0%}, "
                 f"{knn['overlap']:.0%} of {knn['k']} shared"
             )
+        elif "int8" in method["gates"]:
+            lines.append("  int8 vs float neighbours: too few images, name a folder of 8 or more with --images")
     if kept := report.get("float_layers"):
         lines.append(f"layers kept float: {', '.join(kept)}")
     return "\n".join(lines)
@@ -321,14 +333,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--allow_undelegated", action="store_true", help="write even if XNNPACK takes less than 99%% of the FLOPs")
     add("--allow_inaccurate", action="store_true", help="write even if int8 features stray too far from float ones")
     args = parser.parse_args(argv)
+    outputs = [n.strip() for n in args.outputs.split(",")] if args.outputs else None
     try:
-        _check(args.backend, args.precision)
+        _check(args.backend, args.precision, outputs)
         sizes = contract.parse_sizes(args.resolution) if args.resolution else None
         encoder = _load(args.checkpoint, args.student, args.model)
         report = convert(
             encoder, args.out, sizes, args.backend, args.images, args.threads, args.runs, precision=args.precision,
-            outputs=[n.strip() for n in args.outputs.split(",")] if args.outputs else None,
-            uint8_input=args.uint8_input, allow_undelegated=args.allow_undelegated,
+            outputs=outputs, uint8_input=args.uint8_input, allow_undelegated=args.allow_undelegated,
             allow_inaccurate=args.allow_inaccurate, onnx=args.onnx,
         )  # fmt: skip
     except (ValueError, OSError, ImportError) as e:

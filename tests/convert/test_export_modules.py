@@ -25,20 +25,6 @@ def test_equals_the_readable_module(encoder, size):
     _check(weights.to_module(encoder), *size)
 
 
-def test_with_convolutions_for_linear_layers(encoder):
-    _check(weights.to_module(encoder), 64, 96, linear=False)
-
-
-def test_convnext_has_linear_layers_unless_told_otherwise(convnext):
-    module = weights.to_module(convnext)
-
-    def count(**options):
-        network = for_export(module, 64, 64, **options)
-        return sum(isinstance(layer, torch.nn.Linear) for layer in network.modules())
-
-    assert (count(), count(linear=False)) == (2 * sum(convnext.overrides["depths"]), 0)
-
-
 def test_without_storage_tokens_there_is_no_storage_output():
     encoder = make_encoder("eupe_vitt16", {"embed_dim": 64, "depth": 1, "num_heads": 2, "num_storage_tokens": 0})
     module = weights.to_module(encoder)

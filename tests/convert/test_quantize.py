@@ -57,7 +57,7 @@ def _equals_the_runtime(network, layers, side):
 @pytest.mark.slow
 @pytest.mark.parametrize("float_share", [0.0, 0.5])
 def test_the_runtime_computes_what_pytorch_says_in_one_partition(encoder, float_share):
-    network = for_export(weights.to_module(encoder), SIDE, SIDE, linear=False)
+    network = for_export(weights.to_module(encoder), SIDE, SIDE)
     layers = quantize.int8_layers(network)
     kept = layers[: int(len(layers) * float_share)]
     lowered = _equals_the_runtime(network, kept, SIDE)
@@ -111,7 +111,7 @@ def test_unknown_layers_are_refused(vit_network):
 
 def test_where_int8_everywhere_is_good_enough_nothing_is_swept(vit_network):
     chosen = quantize.choose_float_layers(vit_network, _images(2), progress=False)
-    assert chosen["float_layers"] == [] and chosen["sensitivity"] == {}
+    assert chosen["float_layers"] == [] and chosen["sensitivity"] == {} and chosen["int8_layers"] == 9
     assert 0.999 < chosen["cosine"]["cls"] < 1 and chosen["cosine"] == chosen["cosine_all_int8"]
 
 
@@ -143,7 +143,7 @@ def test_the_sweep_takes_no_more_layers_than_needed(outlier_network):
 
 def test_targets_out_of_reach_leave_everything_float(vit_network):
     chosen = quantize.choose_float_layers(vit_network, _images(1), {"patches": 1 - 1e-12}, progress=False)
-    assert sorted(chosen["float_layers"]) == sorted(quantize.int8_layers(vit_network))
+    assert sorted(chosen["float_layers"]) == sorted(quantize.int8_layers(vit_network)) and chosen["int8_layers"] == 0
 
 
 def test_networks_without_the_judged_outputs_are_refused():
@@ -160,17 +160,32 @@ def test_report_counts_cosines_and_neighbours():
     reference = {"cls": _unit(np.array([0.0, 0.1, 0.3, 0.7])), "patches": np.ones((4, 1, 2, 3), np.float32)}
     # 0.3 moves from beside 0.1 to beside 0.7, which changes its nearest (1 -> 3) and that of nobody else
     moved = {"cls": _unit(np.array([0.0, 0.1, 0.45, 0.7])), "patches": 3 * reference["patches"]}
-    report = quantize.int8_report(reference, moved, k=2)
+    report = quantize.int8_report(reference, moved)
     assert report["cosine"]["cls"]["min"] == pytest.approx(np.cos(0.15), abs=1e-6)
     assert report["cosine"]["cls"]["mean"] == pytest.approx((3 + np.cos(0.15)) / 4, abs=1e-6)
     assert report["cosine"]["patches"] == {"mean": pytest.approx(1), "min": pytest.approx(1)}
-    # sets of two: {1,2} {0,2} {1,0} {2,1} become {1,2} {0,2} {3,1} {2,1}
-    assert report["knn"] == {"images": 4, "k": 2, "top1": 0.75, "overlap": pytest.approx(3.5 / 4)}
-    assert quantize.int8_report(reference, reference)["knn"] == {"images": 4, "k": 3, "top1": 1.0, "overlap": 1.0}
+    assert "knn" not in report  # of four images
+
+
+def test_report_counts_shared_neighbours():
+    angles = np.array([0.0, 0.1, 0.3, 0.7, 2.0, 2.11, 2.32, 2.73, 4.0])
+    moved = angles + np.array([0, 0, 0.15, 0, 0, 0, 0, 0, 0])
+    # pairs of nearest: image 2 moves from beside 1 to beside 3, whose set {1, 2} and that of 0 stay as they were
+    knn = quantize.int8_report({"cls": _unit(angles)}, {"cls": _unit(moved)})["knn"]
+    assert knn == {"images": 9, "k": 2, "top1": pytest.approx(8 / 9), "overlap": pytest.approx((8 + 1 / 2) / 9)}
+
+
+@pytest.mark.parametrize("count", [8, 16, 64])
+def test_unrelated_features_share_few_neighbours(count):
+    rng = np.random.default_rng(0)
+    reference, other = ({"cls": rng.standard_normal((count, 32)).astype(np.float32)} for _ in range(2))
+    knn = quantize.int8_report(reference, other)["knn"]
+    assert knn["top1"] < 0.4 and knn["overlap"] < 0.4
+    assert quantize.int8_report(reference, reference)["knn"] == knn | {"top1": 1, "overlap": 1}
 
 
 def test_report_without_class_token_goes_by_mean_patch():
-    patches = np.random.default_rng(0).standard_normal((5, 2, 2, 8)).astype(np.float32)
+    patches = np.random.default_rng(0).standard_normal((8, 2, 2, 8)).astype(np.float32)
     assert quantize.int8_report({"patches": patches}, {"patches": patches})["knn"]["top1"] == 1
 
 
@@ -179,10 +194,8 @@ def test_report_without_class_token_goes_by_mean_patch():
     [
         ({"cls": np.ones((2, 3))}, "cls should be"),
         ({"patches": np.ones((1, 3))}, "got nothing"),
-        (None, "two images"),
     ],
 )
 def test_report_refuses_what_cannot_be_compared(candidate, words):
-    reference = {"cls": np.ones((1, 3), np.float32)}
     with pytest.raises(ValueError, match=words):
-        quantize.int8_report(reference, candidate or reference)
+        quantize.int8_report({"cls": np.ones((1, 3), np.float32)}, candidate)

@@ -1,6 +1,7 @@
 """Encoders as ExecuTorch programs, run by the ExecuTorch runtime."""
 
 import contextlib
+import functools
 import io
 import json
 import resource
@@ -139,17 +140,41 @@ def test_int8_is_close_to_float_and_delegated(vit, quantised, photographs):
     images = gates.load_images(photographs, 32, 32)
     figures = to_executorch.gate(vit, quantised.pte, images, allow_inaccurate=True)
     assert 0.98 < figures["torch_vs_pte"]["cls"]["mean_cosine"] < 1 - 1e-6
-    assert figures["int8"]["knn"]["images"] == len(images)
+    assert set(figures["int8"]) == {"cosine"}  # two images have no neighbours to speak of
     other = make_encoder(vit.name, vit.overrides, seed=1)
     with pytest.raises(gates.GateError, match="int8 .pte disagree.*--allow_inaccurate"):
         to_executorch.gate(other, quantised.pte, images)
 
 
 def test_layers_that_hurt_stay_float(vit, photographs):
-    images = gates.load_images(photographs, 32, 32)
+    images = {f"encode_{side}": gates.load_images(photographs, side, side) for side in (32, 64)}
     chosen = to_executorch.choose_float_layers(vit, images)
-    reached = chosen["cosine"]
-    assert all(reached[name] >= least for name, least in quantize.TARGETS.items())
+    assert all(chosen["cosine"][name] >= least for name, least in quantize.TARGETS.items())
+    backwards = to_executorch.choose_float_layers(vit, dict(reversed(images.items())))
+    assert backwards == chosen and chosen["chosen_at"] in images
+
+
+def test_layers_are_chosen_at_the_size_that_int8_harms_most(vit, photographs, monkeypatch):
+    images = {f"encode_{side}": gates.load_images(photographs, side, side) for side in (32, 64, 48)}
+    monkeypatch.setattr(quantize, "harm_of_int8", lambda _, pixels: {32: 0.1, 64: 0.3, 48: 0.2}[pixels.shape[-1]])
+    assert to_executorch.choose_float_layers(vit, images)["chosen_at"] == "encode_64"
+
+
+def test_int8_with_no_int8_layer_is_refused(vit, tmp_path, photographs, monkeypatch):
+    choose = functools.partial(quantize.choose_float_layers, targets={"patches": 1 - 1e-12}, progress=False)
+    monkeypatch.setattr(quantize, "choose_float_layers", choose)
+    with pytest.raises(gates.GateError, match="every layer would have to stay float at encode_32"):
+        to_executorch.convert(vit, tmp_path / "x.pte", 32, images=photographs, precision="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_is_not_judged_without_class_token_and_patches():
+    storage = {"storage": {"mean_cosine": 1.0}}
+    with pytest.raises(gates.GateError, match="cannot be compared without cls or patches"):
+        gates.require_cosine(storage, "PyTorch and the .pte")
+    with pytest.raises(gates.GateError, match="cls nan"):
+        gates.require_cosine(storage | {"cls": {"mean_cosine": float("nan")}}, "PyTorch and the .pte")
+    gates.require_cosine(storage | {"patches": {"mean_cosine": 0.996}}, "PyTorch and the .pte")
 
 
 def test_portable_programs_run_too(vit, photographs):
@@ -217,6 +242,7 @@ def test_evaluations_read_it(vit, written, photographs, tmp_path):
         (["--backend", "vulkan"], "backend 'vulkan' is none of xnnpack, portable"),
         (["--precision", "int4"], "precision 'int4' is none of fp32, int8"),
         (["--precision", "int8", "--backend", "portable"], "needs the backend 'xnnpack'"),
+        (["--precision", "int8", "--outputs", "storage"], "'int8' is judged by cls and patches"),
         (["--outputs", "cls,tokens"], "outputs cls, tokens: name some of"),
         (["--threads", "0"], "at least 1"),
         (["--out", "x.bin"], ".pte"),
