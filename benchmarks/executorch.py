@@ -5,8 +5,8 @@
 All runtimes of a model and a size take turns, one run each a round, so that whatever else the machine does meets all
 alike. Weights are random; LayerScale, norms and biases are off their initial values. Exports are kept in --workdir:
 the first benchmark of a model makes them (minutes for the large ones), later ones only measure. Runtimes that are not
-installed are left out, which is said; int8 is measured in ExecuTorch and onnxruntime. For vision transformers the time
-of the matrix products alone is measured too, in the fastest library for each shape.
+installed, or fail, are left out, which is said; int8 is measured in ExecuTorch and onnxruntime. For vision transformers
+the time of the matrix products alone is measured too, in the fastest library for each shape.
 """
 
 import os
@@ -16,15 +16,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this script's folder, which holds a file of the name of a package: executorch
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -105,26 +106,38 @@ def measure(encoder, module: torch.nn.Module, side: int, threads: int, args: arg
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = [value for value in module(image).values() if value.numel()]
-    operations, field, what = flops(module, image), {}, f"{encoder.name} {side} px"
+    operations, field, what = flops(module, image), {}, f"{encoder.name} {side} px, {threads} threads"
     for precision in args.precisions:
         for runtime in args.runtimes:
             if precision == "int8" and runtime not in runtimes.INT8:
                 continue
-            tqdm.write(f"{what}, {threads} threads: preparing {runtime} {precision}")
-            field[runtime, precision] = runtimes.MAKERS[runtime](exports, precision, threads, image)
-    agreement = {key: _agreement(expected, contender.run()) for key, contender in field.items()}
-    times = take_turns({k: c.run for k, c in field.items()}, args.runs, args.seconds, f"{what}, {threads} threads")
+            with _or_left_out(f"{what}: {runtime} {precision}"):
+                contender = runtimes.MAKERS[runtime](exports, precision, threads, image)
+                contender.facts |= _agreement(expected, contender.run())
+                field[runtime, precision] = contender
+    times = take_turns({k: c.run for k, c in field.items()}, args.runs, args.seconds, what)
     records = []
     for (runtime, precision), contender in field.items():
         record = {"model": encoder.name, "resolution": side, "precision": precision, "runtime": runtime}
         record |= {"threads": threads} | spread(times[runtime, precision]) | {"delegated_flops": None}
         record["gflops"] = round(operations / 1e9, 3)
         record["gflops_per_s"] = round(operations / 1e6 / record["median_ms"], 1)
-        records.append(record | contender.facts | agreement[runtime, precision] | {"load": os.getloadavg()[0]})
+        records.append(record | contender.facts | {"load": os.getloadavg()[0]})
     if isinstance(module, torch_vit.VisionTransformer) and args.bound and ("executorch", "fp32") in field:
         ours = next(r for r in records if (r["runtime"], r["precision"]) == ("executorch", "fp32"))
-        ours |= bound(module, side, threads, field["executorch", "fp32"].run, args)
+        with _or_left_out(f"{what}: the products alone"):
+            ours |= bound(module, side, threads, field["executorch", "fp32"].run, args)
     return records
+
+
+@contextlib.contextmanager
+def _or_left_out(what: str) -> Iterator[None]:
+    """Says what is being prepared, and what made it fail: the others are measured all the same."""
+    tqdm.write(what)
+    try:
+        yield
+    except Exception as e:  # of whatever kind a library raises
+        tqdm.write(f"left out: {what}: {cli.one_line(e) or type(e).__name__}", file=sys.stderr)
 
 
 def _agreement(expected: list[torch.Tensor], got: Any) -> Record:
@@ -243,7 +256,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--runs", type=int, default=20, help="rounds (default: 20)")
     add("--seconds", type=float, default=30, help="stop the rounds of a model and size after this (default: 30)")
     add("--no-bound", dest="bound", action="store_false", help="leave the matrix products alone out")
-    add("--workdir", type=Path, default=Path("executorch_benchmark"), help="where exports are kept")
+    add("--workdir", type=Path, default=Path("runs/executorch_benchmark"), help="where exports are kept")
     add("--json", type=Path, metavar="FILE", help="also write the records there")
     add("--append", action="store_true", help="keep records of FILE that are not measured again")
     args = parser.parse_args(argv)
@@ -256,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     for runtime in list(args.runtimes):
         if absent := runtimes.missing(runtime):
-            print(f"leaving {runtime} out: {', '.join(absent)} not installed")
+            print(f"leaving {runtime} out: {', '.join(absent)} not installed (pip install 'eupe_jax[benchmark]')")
             args.runtimes.remove(runtime)
     warnings.filterwarnings("ignore", message=r"os\.fork")  # by OpenVINO, to look at the processor
     count = len(args.models) * len(args.resolutions) * len(args.threads)
@@ -277,6 +290,9 @@ def main(argv: list[str] | None = None) -> int:
                         merge(args.json, records, args.append)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {cli.one_line(e)}", file=sys.stderr)
+        return 1
+    if not records:
+        print("error: nothing could be measured", file=sys.stderr)
         return 1
     print("\n".join(["", table(records), "", beside_paper(records), f"{time.perf_counter() - start:.0f} s"]))
     return 0

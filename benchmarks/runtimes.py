@@ -5,10 +5,12 @@ versions of the libraries, so that a second benchmark only measures.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.precision import random_variables
-from convert import lowering, to_executorch
+from convert import lowering, to_executorch, weights
 from eupe_jax.evals.pte import PteProgram
 from eupe_jax.models import zoo
 from eupe_jax.training.checkpoints import LoadedEncoder
@@ -32,14 +34,29 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNTIMES = ("executorch", "executorch_naive", "onnxruntime", "openvino", "torch_eager", "torch_compile")
 INT8 = ("executorch", "onnxruntime")  # the runtimes that are measured in int8
 NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
-READABLE = ("torch_*.py",)  # files of convert/ on which an export depends
-REWRITTEN = (*READABLE, "contract.py", "export_*.py", "folding.py", "lowering.py", "quantize.py", "to_executorch.py")
+# Files on which an export and the facts kept with it depend.
+READABLE = ("convert/torch_*.py", "convert/lowering.py", "convert/delegation.py", "benchmarks/runtimes.py")
+REWRITTEN = (
+    *READABLE, "convert/contract.py", "convert/export_*.py", "convert/folding.py", "convert/quantize.py",
+    "convert/to_executorch.py", "convert/weights.py", "eupe_jax/evals/pte.py",
+)  # fmt: skip
+LIBRARIES = ("executorch", "torch", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino")
 Run = Callable[[], Sequence[Any]]
 
 
 def missing(runtime: str) -> list[str]:
-    """Packages that a runtime needs and that are not installed."""
+    """What a runtime needs and is not installed."""
+    if runtime == "torch_compile" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        return ["g++ or clang++"]
     return [name for name in NEEDS.get(runtime, ()) if util.find_spec(name) is None]
+
+
+def version(library: str) -> str:
+    """The version of a library, empty where it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def random_encoder(name: str) -> LoadedEncoder:
@@ -79,7 +96,7 @@ class Exports:
     """Makes the files of one encoder at one input size, or finds those made before."""
 
     def __init__(self, encoder: LoadedEncoder, module: nn.Module, side: int, folder: Path):
-        self.encoder, self.module, self.side, self.folder = encoder, module, side, folder
+        self.encoder, self.module, self.side, self.folder = encoder, module, side, folder.resolve()
         self.image = torch.zeros(1, 3, side, side)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -142,16 +159,22 @@ class Exports:
         return path, json.loads(facts.read_text()) | {"file_bytes": path.stat().st_size}
 
     def _key(self, code: Sequence[str]) -> str:
-        files = sorted(path for pattern in code for path in (ROOT / "convert").glob(pattern))
-        versions = [metadata.version(name) for name in ("executorch", "torch", "torchao")]
-        first = next(iter(self.module.state_dict().values())).numpy().tobytes()
-        return hashlib.sha256(
-            b"\0".join([*(path.read_bytes() for path in files), first, *(v.encode() for v in versions)])
-        ).hexdigest()[:12]
+        files = sorted(path for pattern in code for path in ROOT.glob(pattern))
+        parts = [self._weights, *(version(name) for name in LIBRARIES), *(path.read_text() for path in files)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return weights.digest({name: value.numpy() for name, value in self.module.state_dict().items()})
 
 
 def resident(pte: Path) -> int:
-    """Bytes of anonymous memory that loading a program and running it once adds to a process of its own."""
+    """Bytes of anonymous memory that loading a program and running it once adds to a process of its own. Those of the
+    file are not counted: phones map it.
+
+    Raises:
+      RuntimeError: it does not run there; with the last line that it printed.
+    """
     script = """
 import re, sys
 from eupe_jax.evals.pte import PteProgram, set_threads
@@ -162,14 +185,18 @@ def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 set_threads(1)
+pte = Path(sys.argv[1]).read_bytes()
 before = anonymous()
-program = PteProgram(Path(sys.argv[1]).read_bytes())
+program = PteProgram(pte)
 (method, (height, width)), = program.sizes.items()
 program.execute(method, torch.zeros(1, 3, height, width))
 print(anonymous() - before)
 """
-    out = subprocess.run([sys.executable, "-c", script, pte], cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(out.stdout.split()[-1])
+    done = subprocess.run([sys.executable, "-c", script, pte.resolve()], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise RuntimeError(f"{pte} does not run in a process of its own: {said[-1]}")
+    return int(done.stdout.split()[-1])
 
 
 def executorch(exports: Exports, precision: str, threads: int, image: Tensor) -> Contender:
