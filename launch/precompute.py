@@ -3,8 +3,8 @@
 python launch/precompute.py --config=configs/quickstart.py:stage1 --out=runs/quickstart/features --views=2
 
 Training then names the folder, --config.data.feature_cache=runs/quickstart/features, and needs these teachers no more.
-The same command resumes. With --verify the finished cache is read back, every byte; --out=FOLDER --verify alone checks
-one that is there.
+The same command resumes, and builds shards anew that are gone. With --verify it builds damaged ones anew too, and the
+finished cache is read back, every byte; --out=FOLDER --verify alone checks one that is there.
 """
 
 from absl import flags
@@ -21,7 +21,7 @@ PRECISION = flags.DEFINE_enum("precision", "bf16", PRECISIONS, "how features are
 SHARDS = flags.DEFINE_integer("shards", None, "files; default: of about 256 MiB each", lower_bound=1)
 RECORDS = flags.DEFINE_integer("records", None, "use only the first so many images of the source", lower_bound=1)
 TEACHERS = flags.DEFINE_list("teachers", [], "names of the config's teachers to run; default: all")
-VERIFY = flags.DEFINE_bool("verify", False, "read the finished cache back and name what is damaged")
+VERIFY = flags.DEFINE_bool("verify", False, "read the cache back; build what is damaged anew")
 
 
 def build() -> FeatureCache:
@@ -33,6 +33,7 @@ def build() -> FeatureCache:
         shards=SHARDS.value,
         records=RECORDS.value,
         teachers=TEACHERS.value,
+        verify=VERIFY.value,
     )
 
 
@@ -41,7 +42,10 @@ def main() -> None:
     cache = FeatureCache(cli.require(OUT, "out")) if only_verify else build()
     if VERIFY.value and (damaged := cache.verify()):
         print("\n".join(damaged))
-        raise ValueError(f"{OUT.value}: {len(damaged)} parts of the feature cache are damaged: build it again")
+        raise ValueError(
+            f"{OUT.value}: {len(damaged)} parts of the feature cache are damaged: the command that built it, with "
+            "--verify, builds them anew"
+        )
     print(f"{len(cache)} images x {cache.views} views in {OUT.value}; fingerprint {cache.fingerprint[:16]}")
 
 

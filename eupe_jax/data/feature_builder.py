@@ -1,21 +1,20 @@
 """Building a feature cache: views are read, augmented, shown to the teachers and written, shard after shard.
 
 While a cache is being built, `progress.json` lists the shards that are done; building again goes on after them, and the
-same recipe gives the same bytes.
+same recipe gives the same bytes. Shards of a finished cache that are gone or damaged are built anew in the same way.
+`.lock` keeps a second process out.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_module
 from safetensors.numpy import save
 from tqdm import tqdm
 
@@ -23,8 +22,7 @@ from eupe_jax.data.decode import naming, open_picture
 from eupe_jax.data.feature_cache import FORMAT, MANIFEST, PROGRESS, FeatureCache, read_manifest
 from eupe_jax.data.feature_codec import PRECISIONS, encode_features, pack_arrays
 from eupe_jax.data.host import BrokenRecord, HostConfig, RecordReader, make_image, random_crop_box, random_generator
-from eupe_jax.data.pack_shard import WRITER_OPTIONS, flush
-from eupe_jax.data.packing import write_json
+from eupe_jax.data.shard_files import ShardWriter, alone, flush, write_json, write_whole
 from eupe_jax.data.sources import Record, Source
 from eupe_jax.data.teacher_stage import Features
 from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
@@ -51,16 +49,19 @@ def build_feature_cache(
     piece: int = 64,
     threads: int = 4,
     progress: bool = True,
+    verify: bool = False,
 ) -> FeatureCache:
-    """Computes (or finishes) the cache in `folder` and opens it.
+    """Computes, finishes or repairs the cache in `folder` and opens it.
 
     The first `records` of the source (all by default) in `views` views each. View v of record i is cropped and
     augmented with the keys of step v, position i. `forward` augments up to `piece` images and runs the teachers on
     them. facts: what else made the features, plain values that the recipe records. chains: {teacher: {"header": plain
-    values, "arrays": {name: array}}}, kept beside the features. shards: default, of about 256 MiB each.
+    values, "arrays": {name: array}}}, kept beside the features. shards: default, of about 256 MiB each. verify: whether
+    shards that are there already are read and hashed, beyond looking at their sizes.
 
     Raises:
       ValueError: the folder holds a cache of something else, or a field is wrong.
+      OSError: another process is building there, the disk is full, or the source's storage fails.
       TooManyBroken: more records are broken than `config` allows.
     """
     if "://" in os.fspath(folder):
@@ -82,39 +83,28 @@ def build_feature_cache(
         "teachers": {name: asdict(spec) for name, spec in teachers.items()},
         **(facts or {}),
     }
-    build = _Build(Path(folder), recipe, chains or {})
-    read = _ViewReader(source, config, seed)
-    bar = tqdm(total=total, initial=build.entries_done, desc="teacher features", unit="img", disable=not progress)
-    with _alone_in(build.folder), bar, ThreadPoolExecutor(threads) as pool:
-        for name, (first, end) in build.missing():
-            with _ShardWriter(build.folder / name) as writer:
-                for view, i, n in _pieces(first, end, count, piece):
-                    images, index, box = zip(*pool.map(read, [view] * n, range(i, i + n)), strict=True)
-                    pixels, keys, features = forward(view, np.stack(images), i)
-                    stored = {"image": pixels, "index": np.stack(index), "box": np.stack(box), "key": keys}
-                    for teacher, tokens in features.items():
-                        stored |= encode_features(teacher, tokens, precision)
-                    for j in range(n):
-                        entry = {key: x[j] for key, x in stored.items()}
-                        writer.write(pack_arrays(f"view {view} of record {i + j}", entry))
-                    bar.update(n)
-            build.record(name, end - first)
-    build.finish()
+    read = _ViewReader(source, count, config, seed)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / ".lock", f"{folder}: another process is building this feature cache"):
+        build = _Build(folder, recipe, chains or {}, verify)
+        bar = tqdm(total=total, initial=build.entries_done, desc="teacher features", unit="img", disable=not progress)
+        with bar, ThreadPoolExecutor(threads) as pool:
+            for name, (first, end) in build.missing():
+                with ShardWriter(folder / name, folder / f"{name}.partial") as writer:
+                    for view, i, n in _pieces(first, end, count, piece):
+                        images, index, box = zip(*pool.map(read, [view] * n, range(i, i + n)), strict=True)
+                        pixels, keys, features = forward(view, np.stack(images), i)
+                        stored = {"image": pixels, "index": np.stack(index), "box": np.stack(box), "key": keys}
+                        for teacher, tokens in features.items():
+                            stored |= encode_features(teacher, tokens, precision)
+                        for j in range(n):
+                            entry = {key: x[j] for key, x in stored.items()}
+                            writer.write(pack_arrays(f"view {view} of record {i + j}", entry))
+                        bar.update(n)
+                build.record(writer.entry)
+        build.finish()
     return FeatureCache(folder)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Locks a folder against a second build, until this one ends, however it does."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is building this feature cache") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _entry_bytes(config: HostConfig, teachers: Mapping[str, TeacherSpec], precision: str) -> int:
@@ -140,100 +130,84 @@ def shard_name(shard: int, shards: int) -> str:
 class _Build:
     """What of a cache is done: `progress.json` lists finished shards, and becomes `manifest.json` with the last."""
 
-    def __init__(self, folder: Path, recipe: dict, chains: Mapping[str, Mapping]):
+    def __init__(self, folder: Path, recipe: dict, chains: Mapping[str, Mapping], verify: bool):
         self.folder = folder
-        recipe = json.loads(json.dumps(recipe))  # as it will be read back
-        self._state = {"format": FORMAT, "recipe": recipe, "chains": {}, "shards": []}
-        for held in (folder / MANIFEST, folder / PROGRESS):
-            if held.is_file():
-                old = read_manifest(held)
-                if old["recipe"] != recipe:
-                    keys = sorted(k for k in {*recipe, *old["recipe"]} if old["recipe"].get(k) != recipe.get(k))
-                    raise ValueError(f"{folder} holds a feature cache of another {', '.join(keys)}; remove it first")
-                self._state = old
-                return
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, chain in chains.items():
-            data = save({k: np.ascontiguousarray(v) for k, v in chain["arrays"].items()})
-            (folder / f"chain-{name}.safetensors").write_bytes(data)
-            flush(folder / f"chain-{name}.safetensors")
-            self._state["chains"][name] = {"header": chain["header"], "sha256": hashlib.sha256(data).hexdigest()}
-        self._save()
+        self._recipe = json.loads(json.dumps(recipe))  # as it will be read back
+        total, n = recipe["records"] * recipe["views"], recipe["shards"]
+        self._wanted = {shard_name(s, n): (s * total // n, (s + 1) * total // n) for s in range(n)}
+        held = self._held()
+        whole = [shard for shard in held["shards"] if self._is_whole(shard, verify)]
+        self._done = {shard["file"]: shard for shard in whole}
+        self._chains = {name: self._keep_chain(name, **chain) for name, chain in chains.items()}
+        if self._state() != held:
+            self._save()
+        if (folder / PROGRESS).is_file():  # a finished cache that has lost something is unfinished again
+            (folder / MANIFEST).unlink(missing_ok=True)
+
+    def _held(self) -> dict:
+        """The manifest, finished or not, that is there. Raises ValueError when it is of another recipe."""
+        for path in (self.folder / PROGRESS, self.folder / MANIFEST):  # of both, the manifest is the older one
+            if path.is_file():
+                held, recipe = read_manifest(path), self._recipe
+                if held["recipe"] != recipe:
+                    keys = sorted(k for k in {*recipe, *held["recipe"]} if held["recipe"].get(k) != recipe.get(k))
+                    message = f"holds a feature cache of another {', '.join(keys)}; remove it first"
+                    raise ValueError(f"{self.folder} {message}")
+                return held
+        return {"shards": []}
+
+    def _is_whole(self, shard: dict, verify: bool) -> bool:
+        path, (first, end) = self.folder / shard["file"], self._wanted.get(shard["file"], (0, 0))
+        if not path.is_file() or (path.stat().st_size, end - first) != (shard["bytes"], shard["records"]):
+            return False
+        return not verify or sha256_file(path) == shard["sha256"]
+
+    def _keep_chain(self, name: str, header: dict, arrays: Mapping[str, np.ndarray]) -> dict:
+        """What the manifest says of a chain, whose file is written where it is not there as it should be."""
+        path = self.folder / f"chain-{name}.safetensors"
+        data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        if not path.is_file() or path.read_bytes() != data:
+            write_whole(path, data)
+        return {"header": json.loads(json.dumps(header)), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _state(self) -> dict:
+        shards = [self._done[name] for name in self._wanted if name in self._done]
+        return {"format": FORMAT, "recipe": self._recipe, "chains": self._chains, "shards": shards}
 
     @property
     def entries_done(self) -> int:
-        return sum(shard["records"] for shard in self._state["shards"])
+        return sum(shard["records"] for shard in self._done.values())
 
     def missing(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(file, (first entry, end)) of the shards to be written, in order."""
-        recipe, done = self._state["recipe"], len(self._state["shards"])
-        total, n = recipe["records"] * recipe["views"], recipe["shards"]
-        for s in range(done, n):
-            yield shard_name(s, n), (s * total // n, (s + 1) * total // n)
+        for name, entries in self._wanted.items():
+            if name not in self._done:
+                yield name, entries
 
-    def record(self, name: str, records: int) -> None:
-        path = self.folder / name
-        entry = {"file": name, "records": records, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        self._state["shards"].append(entry)
+    def record(self, shard: dict) -> None:
+        self._done[shard["file"]] = shard
         self._save()
 
     def _save(self) -> None:
-        write_json(self.folder / PROGRESS, self._state)
+        write_json(self.folder / PROGRESS, self._state())
 
     def finish(self) -> None:
-        for half_written in self.folder.glob(f".{PROGRESS}.*.partial"):  # of runs that were killed
+        for half_written in self.folder.glob(".*.partial"):  # of runs that were killed
             half_written.unlink()
-        if not (self.folder / MANIFEST).is_file():
+        if (self.folder / PROGRESS).is_file():
             os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
             flush(self.folder)
-
-
-class _ShardWriter:
-    """Writes one shard under a temporary name; it gets its own when all is on disk, and is removed after an error."""
-
-    def __init__(self, path: Path):
-        self._path, self._partial = path, path.with_name(f"{path.name}.partial")
-
-    def __enter__(self):
-        self._partial.unlink(missing_ok=True)  # of a run that was killed
-        with self._naming():
-            self._writer = array_record_module.ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
-        return self
-
-    def write(self, record: bytes) -> None:
-        with self._naming():
-            self._writer.write(record)
-
-    def __exit__(self, kind, error, trace):
-        try:
-            with self._naming():
-                self._writer.close()
-            if kind is not None:
-                return
-            flush(self._partial)
-            os.replace(self._partial, self._path)
-            flush(self._path.parent)
-        finally:
-            self._partial.unlink(missing_ok=True)
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        """The writer's errors (a full disk, no permission) name the file and what failed."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise OSError(f"{self._partial}: {error}") from error
 
 
 class _ViewReader:
     """Reads view v of record i: (image, the record it really came from, the crop's box)."""
 
-    def __init__(self, source: Source, config: HostConfig, seed: int):
-        self._source, self._config, self._seed = source, config, seed
+    def __init__(self, source: Source, count: int, config: HostConfig, seed: int):
+        self._source, self._count, self._config, self._seed = source, count, config, seed
         self._reader = RecordReader(config, seed)
 
     def __call__(self, view: int, i: int) -> tuple[np.ndarray, np.int64, np.ndarray]:
-        seen = _Seen(self._source)
+        seen = _Seen(self._source, self._count)
         image, index = self._reader(seen, i, view, i)
         return image, np.int64(index), self._box(seen.records, random_generator(self._seed, view, i))
 
@@ -253,13 +227,13 @@ class _ViewReader:
 
 
 class _Seen:
-    """A source that remembers what was read."""
+    """The first `count` records of a source, whence stand-ins come too; it remembers what was read."""
 
-    def __init__(self, source: Source):
-        self._source, self.records = source, []
+    def __init__(self, source: Source, count: int):
+        self._source, self._count, self.records = source, count, []
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._count
 
     def __getitem__(self, index: int) -> Record:
         self.records.append(self._source[index])

@@ -12,24 +12,23 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_module
 from safetensors.numpy import load
 from tqdm import tqdm
 
 from eupe_jax.data.feature_codec import decode_features, unpack_arrays
 from eupe_jax.data.order import hash_words, record_index
+from eupe_jax.data.sources import riegeli, storage
+from eupe_jax.data.sources.base import RecordError
 from eupe_jax.data.teacher_stage import Background
 from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 FORMAT = 2
 
-# No read-ahead: entries are read in an order of their own.
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_SHARD_FIELDS = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
 def read_manifest(path: Path) -> dict:
@@ -37,11 +36,15 @@ def read_manifest(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
         held = content["format"]
-        complete = {"recipe", "shards", "chains"} <= content.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no manifest of a feature cache ({type(error).__name__}: {error})") from None
-    if held != FORMAT or not complete:
-        raise ValueError(f"{path}: a feature cache of format {held}; this code reads format {FORMAT}: build it again")
+        if held == FORMAT:
+            content["recipe"].keys(), content["chains"].keys()
+            if not all(isinstance(shard[k], kind) for shard in content["shards"] for k, kind in _SHARD_FIELDS.items()):
+                raise TypeError("its list of shards is damaged")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: no manifest of a feature cache ({wrong}): remove it and build again") from None
+    if held != FORMAT:
+        raise ValueError(f"{path}: a feature cache of format {held}, not {FORMAT}: remove it and build again")
     return content
 
 
@@ -55,7 +58,7 @@ class FeatureCache:
     Epoch e shows every record once, each in one of its views; K epochs in a row show all of a record's views.
     "index" numbers the source's records. `fingerprint` identifies teachers and data recipe; `teachers`: their specs.
     Opening reads the manifest and the sizes of the files; a damaged record is found when it is read, all of them by
-    `verify`.
+    `verify`. Shards are read by byte ranges, however many there are.
     Raises FileNotFoundError when there is no cache or a shard is missing, ValueError when it is unfinished, or a shard
     is not what the manifest says.
     """
@@ -75,8 +78,10 @@ class FeatureCache:
             self._take(self.manifest["recipe"], self.manifest["shards"])
         except (KeyError, TypeError, AttributeError) as error:
             wrong = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.folder / MANIFEST}: not as it was written ({wrong}): build it again") from error
-        self._reader = lru_cache(maxsize=256)(self._open)
+            raise ValueError(
+                f"{self.folder / MANIFEST}: not as it was written ({wrong}): remove it and build again"
+            ) from error
+        self._reader, self._tables = storage.RangeReader(), {}
         self._threads = threads
 
     def _take(self, recipe: dict, shards: list[dict]) -> None:
@@ -85,23 +90,30 @@ class FeatureCache:
         self.fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self.teachers = {name: _spec(facts) for name, facts in recipe["teachers"].items()}
         self.entry_count = self.records * self.views
-        for shard in shards:
-            self._check_size(shard)
+        self._files = [self._file(shard) for shard in shards]
         self._ends = np.cumsum([shard["records"] for shard in shards])
         if not shards or self._ends[-1] != self.entry_count:
             raise ValueError(f"{self.folder}: the manifest's shards do not hold {self.entry_count} entries")
         self._layout = self._shapes(recipe["host"]["size"])
 
-    def _check_size(self, shard: Mapping) -> None:
-        path, cure = self.folder / os.path.basename(shard["file"]), "copy the feature cache again, or build it again"
+    def _file(self, shard: Mapping) -> storage.File:
+        path = self.folder / os.path.basename(shard["file"])
+        cure = "copy it again, or run the command that built this feature cache: it builds what lacks"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {cure}")
-        if (size := path.stat().st_size) != shard["bytes"]:
-            raise ValueError(f"{path} has {size} bytes, not {shard['bytes']}: {cure}")
+        file = storage.stat(str(path))
+        if file.size != shard["bytes"]:
+            raise ValueError(f"{path} has {file.size} bytes, not {shard['bytes']}: {cure}")
+        return file
 
-    def _open(self, shard: int) -> array_record_module.ArrayRecordReader:
-        path = self.folder / os.path.basename(self._shards[shard]["file"])
-        return array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+    def _bytes(self, shard: int, record: int) -> bytes:
+        """A record by its place, which stays in memory (20 bytes each) once its shard was looked into."""
+        file = self._files[shard]
+        if shard not in self._tables:  # two threads may both do so
+            self._tables[shard] = riegeli.record_table(file, self._reader)
+        if record >= len(self._tables[shard]):
+            raise RecordError(file.path, f"holds {len(self._tables[shard])} records only")
+        return riegeli.read_record(file, self._reader, self._tables[shard][record])
 
     def __len__(self) -> int:
         return self.records
@@ -117,9 +129,9 @@ class FeatureCache:
         record = entry - int(self._ends[shard]) + self._shards[shard]["records"]
         where = f"{self.folder / self._shards[shard]['file']}: record {record}"
         try:
-            (data,) = self._reader(shard).read([record])
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise OSError(f"{where}: cannot be read: {error}") from error
+            data = self._bytes(shard, record)
+        except (RecordError, riegeli.NotPlain, riegeli.Unreadable) as error:
+            raise OSError(f"{where}: cannot be read: {getattr(error, 'reason', error)}") from error
         arrays = unpack_arrays(data, where)
         if lacking := {k: s for k, s in self._layout.items() if k not in arrays or arrays[k].shape != s}:
             raise ValueError(f"{where}: lacks arrays that the manifest promises: {lacking}")

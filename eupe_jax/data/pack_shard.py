@@ -4,10 +4,7 @@ A shard is a function of the source's records and the options: whoever writes it
 bytes.
 """
 
-import errno
-import hashlib
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from eupe_jax.data.decode import BrokenRecord, Picture, naming, open_picture
+from eupe_jax.data.shard_files import ShardWriter, open_shard
 from eupe_jax.data.sources.base import Record, RecordError, Source
 from eupe_jax.data.sources.record_codec import pack_record, unpack_record
-
-# One record a chunk, so that a random access reads nothing else; images are compressed already.
-WRITER_OPTIONS = "group_size:1,uncompressed"
+from eupe_jax.distill.teacher_spec import sha256_file
 
 
 @dataclass(frozen=True)
@@ -111,47 +107,39 @@ def write_shard(
     broken images are stored as they are or left out. tick: called with the bytes of every record once it is done.
     Raises BrokenImages, OSError (disk full, unreadable source), and what `tick` raises.
     """
-    sums, broken, encoded = [], [], 0
-    try:
-        with _Writer(temporary) as writer:
-            for index in range(shard.first, shard.stop):
-                record, problem = _read(source, index)
-                name = _relative(record.name, roots)
-                data, anew = record.data, False
-                if problem is None:
-                    try:
-                        data, anew = prepare(record, options)
-                    except BrokenRecord as e:
-                        problem = e
-                if problem is not None:
-                    broken.append({"index": index, "name": name, "kind": problem.kind, "reason": problem.reason})
-                    check_broken(broken, most_broken)
-                    if keep_broken and not isinstance(data, bytes):
-                        raise ValueError(f"{problem}: it cannot be kept, for there is no file to keep; leave it out")
-                size = 0
-                if problem is None or keep_broken:
-                    packed = pack_record(name, data)
-                    writer.write(packed)
-                    sums.append(packed[-4:])
-                    encoded, size = encoded + anew, len(packed)
-                tick(size)
-        _read_back(temporary, sums)
-        entry = {
-            "file": shard.file,
-            "first": shard.first,
-            "stop": shard.stop,
-            "records": len(sums),
-            "encoded_anew": encoded,
-            "bytes": temporary.stat().st_size,
-            "sha256": _sha256(temporary),
-            "broken": broken,
-        }
-        flush(temporary)
-        os.replace(temporary, folder / shard.file)
-        flush(folder)
-        return entry
-    finally:
-        temporary.unlink(missing_ok=True)
+    broken, encoded = [], 0
+    with ShardWriter(folder / shard.file, temporary) as writer:
+        for index in range(shard.first, shard.stop):
+            record, problem = _read(source, index)
+            name = _relative(record.name, roots)
+            data, anew = record.data, False
+            if problem is None:
+                try:
+                    data, anew = prepare(record, options)
+                except BrokenRecord as e:
+                    problem = e
+            if problem is not None:
+                broken.append({"index": index, "name": name, "kind": problem.kind, "reason": problem.reason})
+                check_broken(broken, most_broken)
+                if keep_broken and not isinstance(data, bytes):
+                    raise ValueError(f"{problem}: it cannot be kept, for there is no file to keep; leave it out")
+            size = 0
+            if problem is None or keep_broken:
+                packed = pack_record(name, data)
+                writer.write(packed)
+                encoded, size = encoded + anew, len(packed)
+            tick(size)
+    written = writer.entry
+    return {
+        "file": shard.file,
+        "first": shard.first,
+        "stop": shard.stop,
+        "records": written["records"],
+        "encoded_anew": encoded,
+        "bytes": written["bytes"],
+        "sha256": written["sha256"],
+        "broken": broken,
+    }
 
 
 def _read(source: Source, index: int) -> tuple[Record, BrokenRecord | None]:
@@ -187,58 +175,6 @@ def _listed(broken: list[dict]) -> str:
     return names + (f"; and {len(broken) - 20} more" if len(broken) > 20 else "")
 
 
-class _Writer:
-    """array_record's writer, whose errors are OSErrors that name the file."""
-
-    def __init__(self, path: Path):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # says what is wrong with the place
-        self._writer = self._call(ArrayRecordWriter, str(path), WRITER_OPTIONS)
-
-    def _call(self, function: Callable, *arguments):
-        try:
-            return function(*arguments)
-        except RuntimeError as e:
-            if "No space left" in str(e):
-                text = "the disk is full; finished shards are kept: make room and run the same command again"
-                raise OSError(errno.ENOSPC, text, str(self._path.parent)) from e
-            raise OSError(f"{self._path} cannot be written: {e}") from e
-
-    def write(self, record: bytes) -> None:
-        self._call(self._writer.write, record)
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            self._call(self._writer.close)
-        except OSError:
-            if error is None:
-                raise
-
-
-def _open(path: Path):
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    return ArrayRecordReader(str(path), options="readahead_buffer_size:0")
-
-
-def _read_back(path: Path, sums: list[bytes]) -> None:
-    reader = _open(path)
-    if not reader.ok() or reader.num_records() != len(sums):
-        raise OSError(f"{path} does not read back as it was written: run the same command again")
-    for number, expected in enumerate(sums):
-        data = reader.read([number])[0]
-        unpack_record(data, f"{path}[{number}]")  # computes its checksum
-        if data[-4:] != expected:
-            raise OSError(f"{path}[{number}] does not read back as it was written: run the same command again")
-    reader.close()
-
-
 def find_damage(folder: Path, entry: dict, options: ImageOptions, tick: Callable[[int], None]) -> list[str]:
     """What is wrong with a finished shard, one line a finding: the file as a whole, then every damaged record.
 
@@ -250,9 +186,9 @@ def find_damage(folder: Path, entry: dict, options: ImageOptions, tick: Callable
     found = []
     if path.stat().st_size != entry["bytes"]:
         found.append(f"{entry['file']}: {path.stat().st_size} bytes, should be {entry['bytes']}")
-    elif _sha256(path) != entry["sha256"]:
+    elif sha256_file(path) != entry["sha256"]:
         found.append(f"{entry['file']}: sha256 differs from the manifest's")
-    reader = _open(path)
+    reader = open_shard(path)
     if not reader.ok():
         return [*found, f"{entry['file']}: not a whole ArrayRecord file"]
     if reader.num_records() != entry["records"]:
@@ -275,17 +211,3 @@ def find_damage(folder: Path, entry: dict, options: ImageOptions, tick: Callable
 
 def _keeps(entry: dict) -> bool:
     return entry["records"] == entry["stop"] - entry["first"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

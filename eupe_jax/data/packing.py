@@ -6,7 +6,6 @@ written last of all; then `.pack/` goes. Records keep the source's order: shuffl
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -26,8 +25,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from eupe_jax.data.pack_shard import ImageOptions, Shard, check_any, check_broken, find_damage, flush, write_shard
+from eupe_jax.data.pack_shard import ImageOptions, Shard, check_any, check_broken, find_damage, write_shard
 from eupe_jax.data.processes import end_with_parent
+from eupe_jax.data.shard_files import alone, write_json
 from eupe_jax.data.sources import Source
 
 MANIFEST = "manifest.json"
@@ -117,15 +117,6 @@ def verify(folder: str | os.PathLike, *, workers: int = 1, progress: bool = True
     known = {entry["file"] for entry in manifest["shards"]}
     extra = sorted({p.name for p in folder.glob("*.array_record")} - known)
     return sorted(found) + [f"{name}: not in the manifest" for name in extra]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Replaces a file whole; it is on the disk when this returns."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=True) + "\n")
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
 
 
 # ---- what is to be made
@@ -237,13 +228,7 @@ def _claimed(folder: Path, plan: dict) -> Iterator[dict[str, dict]]:
     if folder.exists() and not work.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no pack: choose another folder")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise OSError(f"another process is packing into {folder}") from e
-        except OSError:
-            pass  # a file system without locks
+    with alone(work / "lock", f"another process is packing into {folder}"):
         entries = _finished(folder)
         if entries and (work / "plan.json").exists():
             _check_same(folder, _load(work / "plan.json"), plan)

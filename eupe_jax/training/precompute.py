@@ -33,11 +33,13 @@ def precompute(
     records: int | None = None,
     teachers: Sequence[str] = (),
     progress: bool = True,
+    verify: bool = False,
 ) -> FeatureCache:
-    """Writes the features of `views` augmented views of every image, or goes on where it was stopped.
+    """Writes the features of `views` augmented views of every image, goes on where it was stopped, or repairs a cache.
 
     A run whose `data.feature_cache` names the folder then trains without these teachers. teachers: which of the
-    config's, default all; records: the first so many of the source. In-graph teachers run jitted, a batch cut over
+    config's, default all; records: the first so many of the source. verify: whether shards that are there are hashed,
+    and built anew where they are damaged, beyond looking at their sizes. In-graph teachers run jitted, a batch cut over
     this host's devices; host teachers run beside.
 
     Raises:
@@ -72,6 +74,7 @@ def precompute(
         piece=PIECE,
         threads=config.data.threads,
         progress=progress,
+        verify=verify,
     )
 
 

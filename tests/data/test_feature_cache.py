@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from test_teacher_stage import CONFIG, CellMeans
 
 from eupe_jax.data.augment import AugmentConfig, augment_uint8, draws, host_augment
 from eupe_jax.data.feature_builder import build_feature_cache
-from eupe_jax.data.feature_cache import MANIFEST, FeatureCache
+from eupe_jax.data.feature_cache import MANIFEST, PROGRESS, FeatureCache
 from eupe_jax.data.feature_codec import decode_features, encode_features, pack_arrays, unpack_arrays
 from eupe_jax.data.host import HostConfig, RecordReader, decode
 from eupe_jax.data.sources import ArraySource, Record
@@ -44,7 +45,12 @@ def cache(photos, tmp_path_factory):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def flip_a_bit(path, place):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
 
 
 def test_entries_are_the_teachers_features_of_their_pixels(cache):
@@ -151,10 +157,71 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(cache, photos
     assert teacher.calls == 0  # a finished one is only opened
 
 
+@pytest.fixture
+def copied(cache, tmp_path):
+    return shutil.copytree(cache.folder, tmp_path / "copied")
+
+
+def second_shard(folder):
+    return folder / "views-00001-of-00003.array_record"
+
+
+@pytest.mark.parametrize(
+    ("harm", "calls"),
+    [
+        (lambda folder: second_shard(folder).unlink(), 3),
+        (lambda folder: second_shard(folder).write_bytes(second_shard(folder).read_bytes()[:-1]), 3),
+        # Killed while it was being repaired, before or after the manifest was taken back.
+        (lambda folder: (second_shard(folder).unlink(), shutil.copy(folder / MANIFEST, folder / PROGRESS)), 3),
+        (lambda folder: (second_shard(folder).unlink(), (folder / MANIFEST).rename(folder / PROGRESS)), 3),
+        (lambda folder: (folder / MANIFEST).rename(folder / PROGRESS), 0),
+    ],
+    ids=["gone", "cut off", "both lists", "unfinished", "all but renamed"],
+)
+def test_what_is_lost_is_built_anew(cache, photos, copied, harm, calls):
+    harm(copied)
+    teacher = CellMeans()
+    assert build(copied, photos, teacher).fingerprint == cache.fingerprint
+    assert teacher.calls == calls  # three pieces make a shard
+    assert contents(copied) == contents(cache.folder)
+
+
+def test_damage_is_built_anew_when_it_is_looked_for(cache, photos, copied):
+    flip_a_bit(second_shard(copied), second_shard(copied).stat().st_size // 2)
+    teacher = CellMeans()
+    assert build(copied, photos, teacher).verify(progress=False) != []  # of the right size
+    assert teacher.calls == 0
+    with pytest.raises(RuntimeError, match="fell over"):
+        build(copied, photos, CellMeans(fail_after=1), verify=True)
+    with pytest.raises(ValueError, match="unfinished feature cache, 2 of 3 shards"):
+        FeatureCache(copied)
+    assert build(copied, photos, teacher).verify(progress=False) == []
+    assert teacher.calls == 3
+    assert contents(copied) == contents(cache.folder)
+
+
+def test_stand_ins_come_from_the_records_in_use(tmp_path):
+    class Growing:
+        """Every other record is broken; from the fifth on all are for another use."""
+
+        digest = "growing"
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            assert index < 4
+            return Record(b"no image" if index % 2 else np.zeros((40, 40, 3), np.uint8), f"record {index}")
+
+    config = HostConfig(size=32, max_broken_fraction=1.0)
+    cache = build(tmp_path, Growing(), config=config, records=4, views=4, shards=1)
+    assert {int(cache.read(entry)["index"]) for entry in range(16)} == {0, 2}
+
+
 def test_two_builds_in_one_folder_do_not_mix(photos, tmp_path):
     class Second(CellMeans):
         def __call__(self, images):
-            with pytest.raises(ValueError, match="another process is building"):
+            with pytest.raises(OSError, match="another process is building"):
                 build(tmp_path, photos, **settings)
             return super().__call__(images)
 
@@ -202,8 +269,7 @@ def test_damage_is_found_and_named(cache, photos, tmp_path):
     path = tmp_path / "views-00001-of-00003.array_record"
     whole = path.read_bytes()
     needle = cache.read(8 + 3)["image"].tobytes()[:64]  # entries 8..15 are the second shard
-    place = whole.index(needle)
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    flip_a_bit(path, whole.index(needle))
     damaged = FeatureCache(tmp_path)
     with pytest.raises(OSError, match="views-00001-of-00003.array_record: record 3: "):
         damaged.read(8 + 3)
@@ -226,6 +292,7 @@ def test_damage_is_found_and_named(cache, photos, tmp_path):
     for content, words in (
         ("{", "no manifest"),
         (json.dumps(manifest | {"format": 1}), "format 1"),
+        (json.dumps(manifest | {"shards": [{"file": "x"}]}), "no manifest .*'records'"),
         (json.dumps(lacking), "not as it was written .*views"),
         (json.dumps(manifest | {"shards": []}), "do not hold 24 entries"),
     ):
@@ -243,10 +310,13 @@ def test_chains_of_distilled_teachers_travel_with_the_cache(photos, tmp_path):
     np.testing.assert_array_equal(got["adapters/a_cls/fc1/kernel"], arrays["adapters/a_cls/fc1/kernel"])
     assert cache.chain("another") is None
     path = tmp_path / "chain-cells.safetensors"
+    whole = contents(tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="chain-cells.safetensors is damaged"):
         cache.chain("cells")
     assert len(cache.verify(progress=False)) == 1
+    build(tmp_path, photos, records=2, views=1, shards=1, chains=chains)
+    assert contents(tmp_path) == whole
 
 
 def test_rounding_stays_within_what_is_promised():
