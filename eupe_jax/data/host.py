@@ -184,7 +184,7 @@ class RecordReader:
                 kinds = ", ".join(f"{name}: {n} {kind}" for (name, kind), n in sorted(self.counts.items()))
                 raise TooManyBroken(
                     f"{broken} of {self.reads} records read were broken ({kinds}), more than "
-                    f"data.max_broken_fraction={allowed} allows",
+                    f"data.max_broken_fraction={allowed} allows; raise it to go on",
                     self.broken,
                 ) from error
             if new:

@@ -106,8 +106,8 @@ class Loader:
 def parts_of_batch(count: int, image_bytes: int, threads: int, workers: int) -> tuple[int, int]:
     """(parts that a batch of `count` images is made in, how many of them a process makes ahead).
 
-    Parts are small enough for all threads to share one batch. What is made ahead is `threads` batches, as before a
-    slow read stalls none, but no more than 512 MB, or one batch and the parts in hand if that is more.
+    Parts are small enough for all threads to share one batch. What is made ahead, so that one slow read stalls none,
+    is `threads` batches, but no more than 512 MiB, or one batch and the parts in hand if that is more.
     """
     makers = threads * max(workers, 1)
     images = max(1, min(max(-(-count // makers), _FEWEST), _PART_BYTES // image_bytes))

@@ -153,7 +153,9 @@ def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:
 
 
 # Fields that do not change what is computed: a resumed run may differ in them.
-FREE_FIELDS = ("log_every", "checkpoint", "data.threads", "data.workers", "mesh", "evals")
+FREE_FIELDS = (
+    "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
+)  # fmt: skip
 
 
 def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
