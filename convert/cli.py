@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib import util
 from typing import NoReturn
 
 
@@ -25,6 +26,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--student", help="which student, where the checkpoint holds several")
     add("--model", help="zoo name, for a weights file that does not say which model it is")
     return made
+
+
+def require_export() -> None:
+    """Ends a script with one line where what it needs is not installed."""
+    if missing := [name for name in ("torch", "torchao", "executorch") if util.find_spec(name) is None]:
+        sys.exit(f"error: needs {', '.join(missing)}: pip install 'eupe_jax[export]'")
 
 
 def one_line(error: Exception, limit: int = 600) -> str:

@@ -78,19 +78,17 @@ def summary(edge: EdgeProgramManager, method: str) -> dict[str, Any]:
     }
 
 
-def lines(found: Mapping[str, Any], limit: int = 12) -> list[str]:
+def lines(found: Mapping[str, Any]) -> list[str]:
     """A summary as lines to print: one, and one for each kind of operator outside, dearest first."""
     head = (
         f"{found['partitions']} partition{'s' * (found['partitions'] != 1)}, {found['share_of_nodes']:.1%} of "
         f"{found['nodes_inside'] + found['nodes_outside']} operators and {found['share_of_flops']:.1%} of "
         f"{found['flops'] / 1e9:.2f} GFLOP delegated"
     )
-    dear = [
+    return [head] + [
         f"  outside: {cost['count']} {name}, {cost['flops'] / 1e9:.3f} GFLOP, {cost['bytes'] / 2**20:.2f} MiB moved"
         for name, cost in found["outside"].items()
     ]
-    rest = [f"  outside: {len(dear) - limit} more kinds"] if len(dear) > limit else []
-    return [head, *dear[:limit], *rest]
 
 
 def require(found: Mapping[str, Any], method: str) -> None:

@@ -19,7 +19,7 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 def require_installed() -> None:
     """Raises ImportError that names what is missing."""
     if missing := [name for name in NEEDED if util.find_spec(name) is None]:
-        raise ImportError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise ImportError(f"--onnx needs {', '.join(missing)}: pip install 'eupe_jax[onnx]'")
 
 
 def export(network: nn.Module, image_1x3xHxW: torch.Tensor, contract: Mapping[str, Any]) -> bytes:

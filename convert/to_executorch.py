@@ -19,9 +19,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+
+from convert import cli
+
+if __name__ == "__main__":
+    cli.require_export()
+
 import torch
 
-from convert import cli, contract, delegation, gates, lowering, onnx_file, to_torch, weights
+from convert import contract, delegation, gates, lowering, onnx_file, to_torch, weights
 from convert.contract import Size
 from convert.export_modules import for_export
 from eupe_jax.evals.pte import PteProgram, set_threads
@@ -308,15 +314,6 @@ def summarise(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load(path: str, student: str | None, model: str | None) -> LoadedEncoder:
-    try:
-        return weights.load(path, student, model)
-    except Exception as e:
-        if type(e) is not Exception:
-            raise
-        raise ValueError(f"{path} is damaged: {e}") from None  # how Orbax reports arrays that it cannot read
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     add = parser.add_argument
@@ -337,14 +334,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check(args.backend, args.precision, outputs)
         sizes = contract.parse_sizes(args.resolution) if args.resolution else None
-        encoder = _load(args.checkpoint, args.student, args.model)
+        encoder = weights.load(args.checkpoint, args.student, args.model)
         report = convert(
             encoder, args.out, sizes, args.backend, args.images, args.threads, args.runs, precision=args.precision,
             outputs=outputs, uint8_input=args.uint8_input, allow_undelegated=args.allow_undelegated,
             allow_inaccurate=args.allow_inaccurate, onnx=args.onnx,
         )  # fmt: skip
-    except (ValueError, OSError, ImportError) as e:
-        print(f"error: {cli.one_line(e)}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:  # torch has errors of all these kinds
+        print(f"error: {cli.one_line(e) or type(e).__name__}", file=sys.stderr)
         return 1
     print(summarise(report))
     out = Path(args.out)

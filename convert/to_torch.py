@@ -19,10 +19,16 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+
+from convert import cli
+
+if __name__ == "__main__":
+    cli.require_export()
+
 import torch
 from torch import nn
 
-from convert import cli, gates, transformers_layout, weights
+from convert import gates, transformers_layout, weights
 from eupe_jax.models import interchange, rope
 from eupe_jax.training import weight_files
 from eupe_jax.training.checkpoints import LoadedEncoder

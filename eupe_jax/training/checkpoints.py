@@ -179,10 +179,19 @@ def restore_item(step: epath.Path, item: str, target: Any | None = None) -> Any:
 
     Raises:
       FileNotFoundError: the checkpoint has no such item.
-      ValueError: its shapes or names differ from `target`.
+      ValueError: its shapes or names differ from `target`, or its arrays cannot be read.
     """
     if not (step / item).exists():
         raise FileNotFoundError(f"{step} holds no {item!r}")
+    try:
+        return _restore(step, item, target)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"{step / item} is damaged: {error}") from error  # Orbax has no kind of its own for it
+
+
+def _restore(step: epath.Path, item: str, target: Any | None) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         if target is not None:
             try:

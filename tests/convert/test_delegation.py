@@ -33,6 +33,8 @@ def test_operators_outside_are_listed_with_their_cost(mixed):
     assert mixed.planned_bytes["run"] >= 4 * (5 * 8 + 5 * 4)
     printed = delegation.lines(found)
     assert "2 partitions" in printed[0] and "native_layer_norm" in printed[1] and len(printed) == 2
+    many = {f"aten.op{i}": cost for i in range(30)}
+    assert len(delegation.lines(found | {"outside": many})) == 31  # every one
 
 
 def test_too_few_flops_inside_are_refused(mixed):

@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("executorch", reason="the phone export needs `pip install eupe_jax[export]`")
 
+from PIL import Image  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
-from convert import delegation, gates, quantize, teachers_to_orbax, to_executorch, to_torch, weights  # noqa: E402
+from convert import contract, delegation, gates, quantize, teachers_to_orbax, to_executorch, to_torch, weights  # noqa: E402
 from eupe_jax.evals.encoders import FlaxEncoder, PteEncoder  # noqa: E402
 from eupe_jax.evals.pte import PteProgram  # noqa: E402
 from tests.convert.conftest import CONVNEXT, VIT, make_encoder  # noqa: E402
@@ -127,8 +130,11 @@ def test_a_program_says_how_to_feed_it(encoder, exports):
     program = PteProgram(result.pte)
     assert list(program.sizes) == list(result.report["methods"])
     assert program.outputs == (["cls", "storage", "patches"] if encoder.name == "eupe_vitt16" else ["cls", "patches"])
-    for name in ("model", "mean", "std", "weights_sha256", "token_layout", "pixels", "precision", "patch_size"):
+    for name in contract.INSIDE:
         assert program.contract[name] == result.report[name], name
+    methods = result.report["methods"]
+    assert program.contract["methods"] == list(methods)
+    assert program.contract["resolution"] == sum([m["input"]["shape"][2:] for m in methods.values()], [])
     with pytest.raises(ValueError, match="takes images of .* pixels only, got 48x64"):
         program(np.zeros((1, 48, 64, 3), np.uint8))
 
@@ -274,6 +280,36 @@ def test_a_flag_that_does_not_exist_gives_one_line(source, photographs, capfd):
     assert capfd.readouterr().err.splitlines() == ["error: unrecognized arguments: --resolutoin 32 (see --help)"]
 
 
+@pytest.mark.parametrize("script", ["to_executorch.py", "to_torch.py"])
+def test_without_the_libraries_there_is_one_line(script):
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = sys.modules["executorch"] = None
+sys.argv = [{script!r}, "--help"]
+runpy.run_path("convert/" + {script!r}, run_name="__main__")
+"""
+    root = Path(to_executorch.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "error: needs torch, executorch: pip install 'eupe_jax[export]'\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nfor this"), MemoryError()])
+def test_what_the_libraries_raise_gives_one_line(error, source, photographs, capfd, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(to_executorch, "export", fail)
+    words = "no kernel for this" if str(error) else "MemoryError"
+    refused(arguments(source, photographs, "--resolution", "32"), words, capfd, {"student.safetensors"})
+
+
+def test_images_too_large_to_decode_give_one_line(photographs, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="0.png cannot be read as an image: .* exceeds limit"):
+        gates.load_images(photographs, 32, 32)
+
+
 def test_broken_checkpoints_give_one_line(vit, tmp_path, photographs, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = weights.to_state_dict(vit)
@@ -292,10 +328,13 @@ def test_broken_checkpoints_give_one_line(vit, tmp_path, photographs, capfd, mon
         ("bare.safetensors", "eupe_convnext_tiny", "bare.safetensors"),
         ("half.safetensors", "eupe_vitt16", "half.safetensors"),
         ("half.pt", "eupe_vitt16", "half.pt"),
-        ("run", None, "error: run is damaged"),
+        ("run", None, "backbone is damaged"),
     ]:
         more = ["--model", model] if model else []
         refused(arguments(Path(checkpoint), photographs, *more), words, capfd, files)
+    assert to_torch.main(["--checkpoint", "run", "--out", "y.safetensors"]) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "backbone is damaged" in line and not Path("y.safetensors").exists()
 
 
 def test_a_full_disk_leaves_no_file(vit, exports, source, photographs, capfd, monkeypatch):
