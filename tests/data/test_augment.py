@@ -56,6 +56,7 @@ def test_jitter_against_pillow(x_8x64x64x3, pictures, operation, pillow, factor)
     close(got, [pillow(p).enhance(factor) for p in pictures], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.03, 0.1])
 def test_hue_against_the_standard_library(x_8x64x64x3, turns):
     import colorsys
@@ -70,6 +71,7 @@ def test_hue_against_the_standard_library(x_8x64x64x3, turns):
     np.testing.assert_allclose(A.shift_hue(jnp.asarray(small), jnp.full(8, turns)), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
 def test_jitter_follows_each_images_order(x_8x64x64x3, order):
     factors = jnp.tile(jnp.array([1.3, 0.7, 1.2]), (8, 1))
@@ -98,6 +100,7 @@ def test_flip_grayscale_and_solarize_against_pillow(x_8x64x64x3, pictures):
     close(augment(keys(8), x_8x64x64x3, only(solarize_p=1.0)), [ImageOps.solarize(p, 128) for p in pictures], 0)
 
 
+@pytest.mark.slow
 def test_blur_is_the_nine_tap_gaussian(x_8x64x64x3):
     sigma = np.linspace(0.1, 2.0, 8).astype(np.float32)
     x = np.asarray(x_8x64x64x3, np.float64)
@@ -143,6 +146,7 @@ def test_an_image_depends_on_its_own_key_alone(x_8x64x64x3):
     assert float(whole.min()) >= 0 and float(whole.max()) <= 1
 
 
+@pytest.mark.slow
 def test_switching_one_operation_off_moves_no_other(x_8x64x64x3):
     full, no_flip = AugmentConfig(), AugmentConfig(flip_p=0.0)
     a, b = (np.asarray(augment(keys(8), x_8x64x64x3, c)) for c in (full, no_flip))

@@ -108,7 +108,9 @@ def test_blends(x, operation, factor):
     np.testing.assert_allclose(got, as_images(OPERATIONS[operation](tensor(x), factor)), atol=1e-5)
 
 
-@pytest.mark.parametrize("turns", [-0.1, -0.02, 0.05, 0.1, 0.5])
+@pytest.mark.parametrize(
+    "turns", [-0.1, 0.1, *(pytest.param(turns, marks=pytest.mark.slow) for turns in (-0.02, 0.05, 0.5))]
+)
 def test_hue(x, pictures, turns):
     got = np.asarray(jax.jit(A.shift_hue)(x, jnp.full(len(x), turns)))
     np.testing.assert_allclose(got, as_images(hue(tensor(x), turns)), atol=1e-5)

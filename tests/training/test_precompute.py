@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from functools import partial
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -60,27 +60,34 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def caches(config, tmp_path_factory):
-    """{precision: the config that trains from a cache}; "cells" holds one of the two teachers."""
+    """name -> the config that trains from that cache, built when it is first asked for: "bf16", "int8", or "cells",
+    which holds one of the two teachers."""
     folder = tmp_path_factory.mktemp("caches")
-    configs = {}
-    for name, chosen in {"bf16": [], "int8": [], "cells": ["cells"]}.items():
-        precision = name if name in TOLERANCES else "bf16"
+
+    @cache
+    def build(name):
+        precision, chosen = (name, []) if name in TOLERANCES else ("bf16", [name])
         precompute(config, folder / name, views=2, precision=precision, shards=2, teachers=chosen, progress=False)
-        configs[name] = config.copy_and_resolve_references()
-        configs[name].data.feature_cache = str(folder / name)
-    return configs
+        trains = config.copy_and_resolve_references()
+        trains.data.feature_cache = str(folder / name)
+        return trains
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def live(config, caches):
-    """(teachers that run, {precision: cached teachers}); the package of the host teacher is gone afterwards."""
-    running = assemble.load_teachers(config, make_mesh())
-    del sys.modules["some_cells"]
+def running(config):
+    return assemble.load_teachers(config, make_mesh())
+
+
+def load_without_package(config):
+    """A config's teachers, where the package of the host teacher is not installed."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "some_cells", raising=False)
         patch.setattr(sys, "path", [p for p in sys.path if "package" not in p])
-        cached = {name: assemble.load_teachers(caches[name], make_mesh()) for name in TOLERANCES}
+        teachers = assemble.load_teachers(config, make_mesh())
         assert "some_cells" not in sys.modules
-    return running, cached
+    return teachers
 
 
 class Patches(nn.Module):
@@ -112,24 +119,33 @@ def run_live(teachers, images):
     return {"a": {kind: tokens[kind] for kind in ("cls", "patches")}} | run_teachers(teachers.hosts, images)
 
 
-def test_losses_are_those_of_teachers_that_run(caches, live, tmp_path):
-    running, cached = live
-    for teachers in cached.values():
-        assert not teachers.variables and not teachers.hosts
-        assert {n: t.spec for n, t in teachers.by_name.items()} == {n: t.spec for n, t in running.by_name.items()}
-    batches = {name: first_batches(caches[name], teachers) for name, teachers in cached.items()}
+def test_a_cache_stands_for_its_teachers(caches, running):
+    teachers = load_without_package(caches("bf16"))
+    assert not teachers.variables and not teachers.hosts
+    assert {n: t.spec for n, t in teachers.by_name.items()} == {n: t.spec for n, t in running.by_name.items()}
+    for batch in first_batches(caches("bf16"), teachers)[:2]:
+        want = run_live(running, batch["image"])
+        np.testing.assert_allclose(batch["features"]["a"]["cls"], want["a"]["cls"], rtol=2**-7, atol=1e-3)
+        np.testing.assert_allclose(batch["features"]["a"]["patches"], want["a"]["patches"], rtol=2**-7, atol=1e-3)
+        np.testing.assert_allclose(batch["features"]["cells"]["patches"], want["cells"]["patches"], rtol=2**-8)
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_teachers_that_run(caches, running, tmp_path):
+    cached = {name: load_without_package(caches(name)) for name in TOLERANCES}
+    batches = {name: first_batches(caches(name), teachers) for name, teachers in cached.items()}
     for a, b in zip(*batches.values(), strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["index"], b["index"])
     batches["live"] = [batch | {"features": run_live(running, batch["image"])} for batch in batches["int8"]]
 
-    config, teachers = caches["bf16"], cached["bf16"]
+    config, teachers = caches("bf16"), cached["bf16"]
     statistics = {name: s.arrays() for name, s in measure_statistics(config, tmp_path).items()}
     adapters = AdapterBank(16, {t: teacher.out_dims for t, teacher in teachers.by_name.items()})
     student = Student(Patches(), adapters, optax.adamw(1e-3), (0.5,) * 3, (0.25,) * 3)
     chosen = resolutions.choose(config.seed, 0, config.student_resolutions, pipeline.teacher_sizes(config))
     step = jax.jit(make_step({"it": student}, teachers.by_name, chosen, Loss(), seed=config.seed))
-    start = {"step": jnp.int32(0), "students": {"it": student.init(jax.random.key(0), 32)}}
+    start = {"step": jnp.int32(0), "students": {"it": jax.jit(student.init, static_argnums=1)(jax.random.key(0), 32)}}
     losses = {}
     for name, stream in batches.items():
         state, losses[name] = start, []
@@ -144,13 +160,13 @@ def test_losses_are_those_of_teachers_that_run(caches, live, tmp_path):
     assert losses["int8"] != losses["bf16"] != losses["live"]
 
 
-def test_a_teacher_that_is_not_cached_runs_on_the_pixels_of_the_cache(caches, live):
-    config = caches["cells"]
+def test_a_teacher_that_is_not_cached_runs_on_the_pixels_of_the_cache(caches, running):
+    config = caches("cells")
     teachers = assemble.load_teachers(config, make_mesh())
     assert not teachers.hosts and set(teachers.variables) == {"a"}
     batch, *_ = first_batches(config, teachers)
     targets = pipeline.TeacherForward(config, teachers)(0, batch)
-    want = run_live(live[0], batch["image"])
+    want = run_live(running, batch["image"])
     np.testing.assert_allclose(targets["a"]["patches"], want["a"]["patches"], atol=1e-4)
     np.testing.assert_allclose(targets["cells"]["patches"], want["cells"]["patches"], rtol=2**-8)
     np.testing.assert_allclose(targets["cells"]["cls"], want["cells"]["patches"].mean((1, 2)), rtol=2**-7)
@@ -165,14 +181,14 @@ def test_a_teacher_that_is_not_cached_runs_on_the_pixels_of_the_cache(caches, li
     ],
 )
 def test_a_cache_of_other_settings_is_refused(caches, field, value, words):
-    config = caches["bf16"].copy_and_resolve_references()
+    config = caches("bf16").copy_and_resolve_references()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=words):
         assemble.load_teachers(config, make_mesh())
 
 
 def test_a_cache_without_any_teacher_of_the_run_is_refused(caches):
-    config = caches["cells"].copy_and_resolve_references()
+    config = caches("cells").copy_and_resolve_references()
     del config.teachers["cells"]
     with pytest.raises(ValueError, match=r"features of \['cells'\], and this run's teachers are \['a'\]"):
         assemble.load_teachers(config, make_mesh())
