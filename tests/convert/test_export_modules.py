@@ -20,7 +20,7 @@ def _check(module, height, width, **options):
         np.testing.assert_allclose(value, expected[name], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (128, 32)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (64, 96), (128, 32)])
 def test_equals_the_readable_module(encoder, size):
     _check(weights.to_module(encoder), *size)
 

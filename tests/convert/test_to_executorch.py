@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,18 @@ def convnext():
 
 
 @pytest.fixture(scope="module")
-def written(vit, photographs, tmp_path_factory):
+def student(vit, photographs, tmp_path_factory) -> Path:
+    """The ViT's weights."""
+    path = tmp_path_factory.mktemp("weights") / "student.safetensors"
+    to_torch.convert(vit, path, photographs)
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(student, photographs, tmp_path_factory):
     """The folder that the command line made for the ViT, and what it printed."""
-    folder = tmp_path_factory.mktemp("phone")
-    to_torch.convert(vit, folder / "student.safetensors", photographs)
-    out, printed = folder / "made" / "x.pte", io.StringIO()
-    command = arguments(folder / "student.safetensors", photographs, "--out", str(out), "--resolution", "64x96,32")
+    out, printed = tmp_path_factory.mktemp("phone") / "made" / "x.pte", io.StringIO()
+    command = arguments(student, photographs, "--out", str(out), "--resolution", "64x96,32")
     with contextlib.redirect_stdout(printed):
         assert to_executorch.main(command) == 0
     return out.parent, printed.getvalue()
@@ -65,11 +72,10 @@ def quantised(vit):
 
 
 @pytest.fixture
-def source(vit, photographs, tmp_path, monkeypatch) -> Path:
+def source(student, tmp_path, monkeypatch) -> Path:
     """A working folder with the ViT's weights in it."""
     monkeypatch.chdir(tmp_path)
-    to_torch.convert(vit, "student.safetensors", photographs)
-    return Path("student.safetensors")
+    return Path(shutil.copy(student, "student.safetensors"))
 
 
 def arguments(source: Path, photographs: Path, *more: str) -> list[str]:
@@ -183,6 +189,7 @@ def test_int8_is_not_judged_without_class_token_and_patches():
     gates.require_cosine(storage | {"patches": {"mean_cosine": 0.996}}, "PyTorch and the .pte")
 
 
+@pytest.mark.slow
 def test_portable_programs_run_too(vit, photographs):
     result = to_executorch.export(vit, 32, "portable")
     report = result.report["methods"]["encode_32"]["delegation"]
@@ -350,9 +357,10 @@ def test_a_full_disk_leaves_no_file(vit, exports, source, photographs, capfd, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_onnx_is_written_beside_it(encoder, exports, tmp_path, photographs, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript", reason="--onnx needs onnx, onnxscript and onnxruntime")
+    pytest.importorskip("onnxscript", reason="--onnx needs `pip install eupe_jax[onnx]`")
     size = {"eupe_vitt16": [(64, 96)], "eupe_convnext_tiny": [(64, 64)]}[encoder.name]
     result = exports[encoder.name]
     one = dict([*result.report["methods"].items()][:1])
@@ -368,6 +376,15 @@ def test_onnx_is_written_beside_it(encoder, exports, tmp_path, photographs, monk
     assert [output.name for output in session.get_outputs()] == report["outputs"]
     inside = json.loads(session.get_modelmeta().custom_metadata_map["eupe_jax"])
     assert inside["weights_sha256"] == report["weights_sha256"] and inside["resolution"] == [*size[0]]
+
+
+def test_onnx_names_what_is_to_be_installed(source, photographs, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    more = ["--onnx", "x.onnx", "--resolution", "32"]
+    refused(
+        arguments(source, photographs, *more), "--onnx needs onnxscript: pip install 'eupe_jax[onnx]'", capfd,
+        {"student.safetensors"},
+    )  # fmt: skip
 
 
 def test_a_failing_gate_writes_nothing(vit, exports, tmp_path, photographs, monkeypatch):
