@@ -100,7 +100,7 @@ def train(
     bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not main_process, desc=workdir.name)
 
     def log(step: int, scalars: dict[str, float]) -> None:
-        if not scalars:  # logged just before an evaluation
+        if not scalars:  # logged just before a save
             return
         writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
         bar.set_postfix({k.removesuffix("/loss"): v for k, v in scalars.items() if k.endswith("/loss")})
@@ -121,13 +121,13 @@ def train(
             done = step + 1
             bar.update()
             due = evals_due(evals, done, config.total_steps)
+            if due or done == end or done % config.log_every == done % config.checkpoint.save_every == 0:
+                # what the next step would log: a run that is killed once this one is saved would lose the line
+                log(done, running.pop(final=True) | batches.broken(before=done))
             saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
-            if due:  # saved and logged first: a run that is killed while evaluating loses nothing
-                log(done, running.pop(final=True) | batches.broken(before=done))  # what the next step would log
+            if due:  # saved first: a run that is killed while evaluating loses nothing
                 saver.wait()
                 evaluate(due, done)
-        if start < end:
-            log(end, running.pop(final=True) | batches.broken(before=end))
     finally:
         bar.close()
         batches.close()

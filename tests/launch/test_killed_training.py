@@ -13,8 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from eupe_jax.training import checkpoints
+from eupe_jax.training.checkpoints import Checkpoints
+from eupe_jax.training.loop import train
+from eupe_jax.training.measure import measure_statistics
 from tests.data.test_loader import session_is_alive
 from tests.launch.test_commands import ROOT
+from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
 KILLS = 10
@@ -102,3 +106,26 @@ def test_ten_kills_at_random_moments(tmp_path):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=f"{run.name}: {name}")
+
+
+def test_a_kill_right_after_a_save_loses_no_line(tmp_path, monkeypatch):
+    """The step that is saved has been logged: its metrics are not in the checkpoint."""
+    config = tiny_config(steps=4)
+    config.statistics = str(tmp_path / "statistics")
+    measure_statistics(config, config.statistics)
+    train(config, tmp_path / "whole")
+    save = Checkpoints.save
+
+    def killed(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        self.wait()
+        if step == 2:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(Checkpoints, "save", killed)
+        train(config, tmp_path / "run")
+    assert newest(tmp_path / "run") == 2
+    train(config, tmp_path / "run")
+    whole, resumed = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "run"))
+    assert resumed == whole
