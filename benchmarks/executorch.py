@@ -143,16 +143,19 @@ def _or_left_out(what: str) -> Iterator[None]:
 def _agreement(expected: list[torch.Tensor], got: Any) -> Record:
     """How close a runtime's features are to the readable module's: a benchmark of wrong results is worth nothing.
 
+    The least cosine of an output, and the largest difference on features of unit standard deviation.
+
     Raises:
       RuntimeError: they are others altogether.
     """
-    cosine = []
+    cosine, apart = [], []
     for a, b in zip(expected, got, strict=True):
         a, b = a.double().flatten(), torch.as_tensor(b).double().flatten()
         cosine.append(float(a @ b / a.norm() / b.norm()))
+        apart.append(float((a - b).abs().max() / a.std()))
     if not min(cosine) > 0.9:
         raise RuntimeError(f"a runtime computes something else: cosine {min(cosine):.4f} to the readable module")
-    return {"cosine": round(min(cosine), 6)}
+    return {"cosine": round(min(cosine), 6), "max_abs": float(f"{max(apart):.2e}")}
 
 
 def bound(vit: torch_vit.VisionTransformer, side: int, threads: int, run: Callable, args: argparse.Namespace) -> Record:
