@@ -8,7 +8,6 @@ second. The bar: at most 1.5 times the largest parameter plus 2 GB. Afterwards s
 file. Needs twice the model's size on disk under --workdir; what it wrote is removed.
 """
 
-import argparse
 import json
 import math
 import mmap
@@ -28,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from convert import cli
 from eupe_jax.models import interchange, zoo
 from eupe_jax.training import checkpoints
 from eupe_jax.training.weight_files import open_weights
@@ -126,12 +126,7 @@ def check(model: str, source: Path, out: Path, count: int = 6) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description, examples, details = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n{examples}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.described(__doc__)
     add = parser.add_argument
     add("--model", default="pe_core_g14_448", help="zoo name (default: pe_core_g14_448)")
     add("--suffix", choices=(".pt", ".safetensors"), default=".pt", help="kind of file (default: .pt)")

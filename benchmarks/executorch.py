@@ -242,12 +242,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    description, example, details = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n{example}\n\n{details}",
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = cli.described(__doc__)
     add = parser.add_argument
     add("--models", type=_several(MODELS), default="all", metavar="all|NAME,..", help=", ".join(MODELS))
     add("--resolutions", type=_numbers, default="256,512", metavar="S,..", help="pixels a side (default: 256,512)")

@@ -17,7 +17,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # beside this script lies executorch.py, a package's name
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import argparse  # noqa: E402
 import json  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -49,12 +48,7 @@ def _row(record: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description, example, details = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n{example}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.described(__doc__)
     add = parser.add_argument
     add("--checkpoints", default="", metavar="PATH,...", help="training workdirs or weight files of ours")
     add("--random", default="", metavar="NAME,...", help="zoo names, with random weights")

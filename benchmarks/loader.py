@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from convert import cli
 from eupe_jax.data.host import HostConfig, RecordReader
 from eupe_jax.data.loader import Loader
 from eupe_jax.data.mixture import MIXINGS
@@ -133,12 +134,7 @@ def measure_cost(mixing: str, args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description, examples, details = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n{examples}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.described(__doc__)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--batches", type=int, default=10_000, help="batches of the memory test (default: 10000)")
     parser.add_argument("--batch_size", type=int, default=8, help="of the memory test (default: 8)")

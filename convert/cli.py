@@ -13,14 +13,19 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser from a script's docstring (description, example, details) with the flags that name an encoder."""
+def described(doc: str) -> argparse.ArgumentParser:
+    """A parser from a script's docstring of three paragraphs: description, example, details."""
     description, example, details = doc.strip().split("\n\n")
-    made = _Parser(
+    return _Parser(
         description=description,
         epilog=f"example:\n{example}\n\n{details}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """`described`, with the flags that name an encoder."""
+    made = described(doc)
     add = made.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="training workdir, step folder, .safetensors or .pt")
     add("--student", help="which student, where the checkpoint holds several")
