@@ -297,6 +297,16 @@ class _Worker:
     def __init__(self, job: Callable, counters, stop):
         self._job, self._counters, self._stop = job, counters, stop
 
+    def run(self, task):
+        """The job's result; once one has failed, no other is begun."""
+        if self._stop.is_set():
+            raise _Stopped
+        try:
+            return self._job(task, self.tick)
+        except BaseException:
+            self._stop.set()
+            raise
+
     def tick(self, size: int) -> None:
         with self._counters.get_lock():
             self._counters[0] += 1
@@ -311,7 +321,7 @@ def _begin(worker: _Worker) -> None:
 
 
 def _work(task):
-    return _Worker.current._job(task, _Worker.current.tick)
+    return _Worker.current.run(task)
 
 
 def _each(job: Callable, tasks: Iterable, workers: int, bar: tqdm) -> Iterator:
@@ -333,7 +343,8 @@ def _each(job: Callable, tasks: Iterable, workers: int, bar: tqdm) -> Iterator:
                 bar.set_postfix_str(f"{counters[1] / 1e9:.2f} GB", refresh=False)
                 bar.update(start + counters[0] - bar.n)
                 for future in done:
-                    yield future.result()
+                    if not isinstance(future.exception(), _Stopped):  # the failure that stopped it comes too
+                        yield future.result()
     except BrokenProcessPool as e:
         raise OSError(
             "a worker process died (out of memory?): run the same command again to go on, with fewer --workers"
