@@ -25,7 +25,8 @@ from eupe_jax.data.host import BrokenRecord, HostConfig, RecordReader, make_imag
 from eupe_jax.data.shard_files import ShardWriter, alone, flush, write_json, write_whole
 from eupe_jax.data.sources import Record, Source
 from eupe_jax.data.teacher_stage import Features
-from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
+from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.hashing import sha256_file
 
 SHARD_BYTES = 1 << 28  # of a shard, where their number is not given: what a killed run may lose
 # (view, uint8 [b, S, S, 3], first position) -> (augmented pixels, key words uint32 [b, 2], features of them)

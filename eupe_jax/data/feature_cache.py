@@ -23,7 +23,8 @@ from eupe_jax.data.order import hash_words, record_index
 from eupe_jax.data.sources import riegeli, storage
 from eupe_jax.data.sources.base import RecordError
 from eupe_jax.data.teacher_stage import Background
-from eupe_jax.distill.teacher_spec import TeacherSpec, sha256_file
+from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.hashing import sha256_file
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 FORMAT = 2

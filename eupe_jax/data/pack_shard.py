@@ -17,7 +17,7 @@ from eupe_jax.data.decode import BrokenRecord, Picture, naming, open_picture
 from eupe_jax.data.shard_files import ShardWriter, open_shard
 from eupe_jax.data.sources.base import Record, RecordError, Source
 from eupe_jax.data.sources.record_codec import pack_record, unpack_record
-from eupe_jax.distill.teacher_spec import sha256_file
+from eupe_jax.hashing import sha256_file
 
 
 @dataclass(frozen=True)

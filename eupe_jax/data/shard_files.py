@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eupe_jax.data.sources.record_codec import unpack_record
-from eupe_jax.distill.teacher_spec import sha256_file
+from eupe_jax.hashing import sha256_file
 
 # One record a chunk, so that a random access reads nothing else; images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"

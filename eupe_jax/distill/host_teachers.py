@@ -13,7 +13,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from eupe_jax.distill.teacher_spec import TeacherSpec, fingerprint, sha256_file
+from eupe_jax.distill.teacher_spec import TeacherSpec, fingerprint
+from eupe_jax.hashing import sha256_file
 
 
 @runtime_checkable

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -34,12 +33,6 @@ class TeacherSpec:
     def grid(self) -> int:
         """Patch tokens along one side."""
         return self.resolution // self.stride
-
-
-def sha256_file(path: str | Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fingerprint(weights: str, tokens: Mapping[str, Any], mean, std) -> str:

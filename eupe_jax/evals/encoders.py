@@ -10,8 +10,8 @@ import numpy as np
 
 from eupe_jax.distill.host_teachers import HostTeacher
 from eupe_jax.distill.teacher_spec import fingerprint as with_tokens
-from eupe_jax.distill.teacher_spec import sha256_file
 from eupe_jax.evals.interface import Tokens
+from eupe_jax.hashing import sha256_file
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding, make_mesh, replicated
 from eupe_jax.training.checkpoints import LoadedEncoder
