@@ -26,7 +26,7 @@ from eupe_jax.evals import classification as shared
 from eupe_jax.evals.features import load_arrays, save_arrays
 from eupe_jax.evals.interface import Encoder, Result
 from eupe_jax.evals.labelled import TrainTest, load_train_test
-from eupe_jax.sharding.mesh import AXES, make_mesh, replicated
+from eupe_jax.sharding.mesh import BATCH_AXES, make_mesh, replicated
 
 Data = TrainTest
 
@@ -184,7 +184,7 @@ class _Solver:
         padding = self._blocks * self._rows - self._count
         padded = np.pad(values, [(0, padding)] + [(0, 0)] * (values.ndim - 1))
         blocks = padded.reshape(self._blocks, self._rows, *values.shape[1:])
-        return jax.device_put(blocks, NamedSharding(self._mesh, PartitionSpec(None, AXES)))
+        return jax.device_put(blocks, NamedSharding(self._mesh, PartitionSpec(None, BATCH_AXES)))
 
     def __call__(self, used_N: np.ndarray, penalty: float, start: dict) -> tuple[dict, dict[str, float]]:
         """(parameters, {"loss", "iterations"}) of a fit on the rows `used`, begun at `start`."""

@@ -57,7 +57,7 @@ def train(
     check_workdir(workdir, config)
     data = pipeline.Data(config)
     check_data(workdir, data.facts)
-    mesh = make_mesh(config.mesh.fsdp)
+    mesh = make_mesh(**config.mesh)
     LOGGER.info("%d devices, mesh %s", jax.device_count(), dict(mesh.shape))
 
     # ---- who teaches, and on what scale

@@ -21,7 +21,7 @@ def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Sta
     """
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh.fsdp)
+    mesh = make_mesh(**config.mesh)
     teachers = assemble.load_teachers(config, mesh)
     accumulators = {name: Accumulator() for name in teachers.by_name}
     forward = pipeline.TeacherForward(config, teachers)

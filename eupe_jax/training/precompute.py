@@ -52,7 +52,7 @@ def precompute(
             f"data.sources names {sorted(config.data.sources)}: a feature cache is built from exactly one finite source"
         )
     config = _with_teachers(config, teachers)
-    mesh = make_mesh(config.mesh.fsdp)
+    mesh = make_mesh(**config.mesh)
     loaded = assemble.load_teachers(config, mesh)
     ((name, entry),) = config.data.sources.items()
     return build_feature_cache(

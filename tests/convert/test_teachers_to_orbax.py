@@ -261,7 +261,7 @@ def test_a_training_run_takes_it_as_teacher_and_as_start(vit, tmp_path):
     small = dict(config.teachers.a.overrides)
     config.teachers.a.overrides = {}
     config.teachers.a.dtype = "bfloat16"
-    mesh = make_mesh(config.mesh.fsdp)
+    mesh = make_mesh(**config.mesh)
     config.teachers.a.checkpoint = str(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match=r"what convert/teachers_to_orbax\.py makes of a weights file"):
         assemble.load_teachers(config, mesh)

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -9,7 +8,6 @@ from eupe_jax.sharding.rules import shardings, spec_for
 
 def test_first_rule_wins_and_small_or_odd_arrays_stay_whole():
     mesh = make_mesh(fsdp=4)
-    assert dict(mesh.shape) == {"data": len(jax.devices()) // 4, "fsdp": 4}
     assert spec_for("blocks/mlp/fc1/kernel", (12, 192, 768), mesh) == P(None, None, "fsdp")
     assert spec_for("blocks/mlp/fc2/kernel", (12, 768, 192), mesh) == P(None, "fsdp", None)
     assert spec_for("blocks/mlp/fc1/bias", (12, 768), mesh) == P()
@@ -33,5 +31,3 @@ def test_errors_name_the_rule():
         spec_for("kernel", (4, 4), mesh, ((r".*", "shred"),))
     with pytest.raises(ValueError, match="no sharding rule"):
         spec_for("kernel", (4, 4), mesh, ((r"bias", "fsdp"),))
-    with pytest.raises(ValueError, match="mesh.fsdp=3"):
-        make_mesh(fsdp=3)
