@@ -25,6 +25,7 @@ def base() -> ConfigDict:
     config.seed = 0
     config.total_steps = 0
     config.batch_size = 0  # global: images a step over all devices
+    config.accumulate = 1  # micro-batches a step: the same gradients, a part of the activations in memory at a time
 
     config.students = ConfigDict()  # name -> student(...)
     config.teachers = ConfigDict()  # name -> encoder_teacher(...) or host_teacher(...)
@@ -39,6 +40,9 @@ def base() -> ConfigDict:
     config.loss.patch_smooth_l1 = 0.1  # EUPE §3.2, beta
     config.loss.smooth_l1_beta = 1.0  # ours: PyTorch's default, as in AM-RADIO
     config.loss.shuffle_targets = False  # a control: images get their neighbours' targets
+    # Factor of the loss at each pair of resolutions ("s256_t384": student 256, teacher 384), 1 where none is named.
+    # Ours: 1 for all. Losses are means over tokens, so no pair counts for more by having more of them.
+    config.loss.pair_scale = ConfigDict()
 
     config.optimizer = ConfigDict()  # ours, but for learning rate, cosine and weight decay
     config.optimizer.learning_rate = 0.0  # "base" rate of EUPE §4.1
@@ -82,6 +86,14 @@ def base() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices a parameter is cut over; the data axis takes the rest
+    config.mesh.tensor = 1  # devices that share the work on each image; 1 unless an image's activations do not fit
+    config.mesh.slices = 0  # TPU slices joined by the data-centre network, which the data axis spans; 0: as found
+
+    # How the chips compute. "auto" is what is known to be best for the chip; nothing here reaches a checkpoint.
+    config.compute = ConfigDict()
+    config.compute.attention = "auto"  # "fused" (our TPU kernel), "cudnn" (GPU), "plain"
+    config.compute.teacher_gelu = "auto"  # "exact", "tanh": of frozen teachers alone; students are always exact
+    config.compute.async_collectives = "auto"  # "on", "off"
 
     # Evaluations inside training, name -> evaluation(...): every so many steps and at the end. What is trained does not
     # depend on them.
