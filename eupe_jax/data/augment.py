@@ -237,19 +237,19 @@ def augment_uint8(
     return to_uint8(augment(keys, images.astype(jnp.float32) / 255, config)), jax.random.key_data(keys)
 
 
-def host_augment(config: AugmentConfig, seed: int) -> Callable[[int, np.ndarray, int], np.ndarray]:
+def host_augment(config: AugmentConfig, seed: int) -> Callable[[int, np.ndarray, np.ndarray | None], np.ndarray]:
     """The same augmentation on this machine's CPU, for pixels that host teachers must see before the batch leaves.
 
-    Returns f(step, images uint8 [b, S, S, 3], first_position) -> uint8 [b, S, S, 3]; image j stands at place
-    `first_position + j` of the global batch of `step`, and its keys are those of the device's augmentation.
+    Returns f(step, images uint8 [b, S, S, 3], positions) -> uint8 [b, S, S, 3]; the images stand at `positions` (int
+    [b], None: from 0 on) of the global batch of `step`, and their keys are those of the device's augmentation.
     """
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu):
         key = jax.random.key(seed)
 
-    def augment_on_cpu(step: int, images: np.ndarray, first_position: int = 0) -> np.ndarray:
+    def augment_on_cpu(step: int, images: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+        positions = np.arange(len(images)) if positions is None else np.asarray(positions)
         with jax.default_device(cpu):
-            positions = first_position + np.arange(len(images))
             return np.asarray(augment_uint8(key, step, positions, images, config)[0])
 
     return augment_on_cpu

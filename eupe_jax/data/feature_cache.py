@@ -180,16 +180,12 @@ class FeatureCache:
         return view * self.records + record
 
     def batches(
-        self, start_step: int = 0, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+        self, start_step: int = 0, *, batch_size: int, seed: int, positions: np.ndarray | None = None
     ) -> Background:
-        """This host's part of every batch from `start_step` on, read ahead in a thread; endless. Close it when done.
-
-        Raises ValueError as `Loader` does.
+        """The entries at `positions` (int [b], None: all) of every global batch from `start_step` on, read ahead in a
+        thread; endless. Close it when done.
         """
-        if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
-            raise ValueError(f"batch_size {batch_size} does not divide over process {process_index} of {process_count}")
-        b = batch_size // process_count
-        mine = slice(process_index * b, (process_index + 1) * b)
+        mine = slice(None) if positions is None else np.asarray(positions)
 
         def read(steps: Iterator[int]) -> Iterator[dict]:
             for step in steps:

@@ -5,6 +5,7 @@ began there, and the hosts of a run together give the same global batch whatever
 """
 
 import logging
+import math
 import re
 import sys
 from collections import Counter
@@ -36,9 +37,9 @@ class Loader:
     mixing: "batch" draws the whole batch of a step from one source (EUPE §3.4), "record" mixes within batches.
     repeats: how often the records of a named source may be seen, at most; without it, endlessly. What a run of
     `total_steps` draws is known beforehand, so one that would need more is refused at once.
-    batch_size: the global batch, divisible by `process_count`. Record ids ("index") number the sources' records one
-    after another in the order of `sources`. threads: parts of a batch made at once. workers: processes with that many
-    threads each, for hosts that decoding holds up; 0 keeps everything in this process.
+    batch_size: the global batch. Record ids ("index") number the sources' records one after another in the order of
+    `sources`. threads: parts of a batch made at once. workers: processes with that many threads each, for hosts that
+    decoding holds up; 0 keeps everything in this process.
     `counts`: how often broken records of each (source, kind of `host.REASONS`) were met for the batches handed out.
     Raises ValueError for settings that do not fit together.
     """
@@ -54,8 +55,6 @@ class Loader:
         mixing: Mixing = "batch",
         repeats: Mapping[str, int] | None = None,
         total_steps: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
         threads: int = 8,
         workers: int = 0,
     ):
@@ -65,20 +64,15 @@ class Loader:
             raise ValueError(f"mixture weights name {sorted(weights)} but the sources are {sorted(sources)}")
         if empty := [name for name, s in sources.items() if len(s) == 0]:
             raise ValueError(f"sources without records: {empty}")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} is not in range({process_count})")
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {process_count} processes")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size, self.seed = batch_size, seed
-        self.local_batch_size = batch_size // process_count
-        self.first_position = process_index * self.local_batch_size
         self._threads, self._workers = threads, workers
         mixture = Mixture({name: weights[name] for name in sources}, seed, batch_size, mixing)
         _check_repeats(sources, mixture, dict(repeats or {}), total_steps)
         self.sources = sources
         self._records = _Records(sources, config, mixture, seed)
-        self._parts, self._ahead = parts_of_batch(self.local_batch_size, 3 * config.size**2, threads, workers)
-        self._shape = (self.local_batch_size, config.size, config.size, 3)
+        self._image_shape = (config.size, config.size, 3)
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def record_ids(self, step: int) -> np.ndarray:
@@ -86,21 +80,26 @@ class Loader:
         source, index = self._records.of_step(step)
         return index + self._records.offsets[source]
 
-    def batches(self, start_step: int = 0) -> "_Stream":
-        """This host's part of every batch from `start_step` on: "image" uint8 [b, S, S, 3], "index" int64 [b], and
-        "broken" int64 [sources, kinds]: how often broken records of each source (in order) and kind were met for it.
+    def batches(self, start_step: int = 0, positions: np.ndarray | None = None) -> "_Stream":
+        """The images at `positions` (int [b], None: all) of every global batch from `start_step` on: "image" uint8
+        [b, S, S, 3], "index" int64 [b], and "broken" int64 [sources, kinds]: how often broken records of each source
+        (in order) and kind were met for them.
 
         Endless. Close it (or drop it) to stop its threads. A worker process that dies is a ChildProcessError.
         """
-        count, parts = self.local_batch_size, self._parts
-        make = partial(self._records.part, first=self.first_position, count=count, parts=parts)
-        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)
+        positions = np.arange(self.batch_size) if positions is None else np.asarray(positions)
+        if not len(positions) or positions.min() < 0 or positions.max() >= self.batch_size:
+            raise ValueError(f"positions must be some of the {self.batch_size} of a batch, got {positions.tolist()}")
+        shape = (len(positions), *self._image_shape)
+        parts, ahead = parts_of_batch(len(positions), math.prod(self._image_shape), self._threads, self._workers)
+        make = partial(self._records.part, positions=positions, parts=parts)
+        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead)
         dataset = grain.MapDataset.range(start_step * parts, sys.maxsize).map(make).to_iter_dataset(read)
         if self._workers:
             _mark_flags_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent())
-        return _Stream(iter(dataset), parts, self._shape, list(self.sources), self.counts)
+        return _Stream(iter(dataset), parts, shape, list(self.sources), self.counts)
 
 
 def parts_of_batch(count: int, image_bytes: int, threads: int, workers: int) -> tuple[int, int]:
@@ -194,7 +193,7 @@ class _Records:
         self._reader = RecordReader(config, seed)
         self.offsets = np.cumsum([0] + [len(s) for s in self._sources])[:-1]
 
-    def of_step(self, step: int, positions: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    def of_step(self, step: int, positions: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """(source, record in it), int64 each, at some positions of the global batch of `step`."""
         sources, draws = (x[positions] for x in self._mixture.of_step(step))
         index = np.empty_like(draws)
@@ -203,18 +202,20 @@ class _Records:
             index[here] = record_index(int(hash_words(self._seed, s)), draws[here], len(self._sources[s]))
         return sources, index
 
-    def part(self, number: int, *, first: int, count: int, parts: int) -> Batch:
-        """One of the `parts` of the batch of `count` positions from `first` on, numbered through all steps, and the
-        broken records it met, by source and kind."""
+    def part(self, number: int, *, positions: np.ndarray, parts: int) -> Batch:
+        """One of the `parts` of the images at these positions of a batch, numbered through all steps, and the broken
+        records it met, by source and kind."""
         step, part = divmod(number, parts)
-        first, stop = first + part * count // parts, first + (part + 1) * count // parts
-        count = stop - first
-        sources, asked = self.of_step(step, slice(first, stop))
+        positions = positions[part * len(positions) // parts : (part + 1) * len(positions) // parts]
+        count = len(positions)
+        sources, asked = self.of_step(step, positions)
         images, index = np.empty((count, self._size, self._size, 3), np.uint8), np.empty(count, np.int64)
         broken = np.zeros((len(self.names), len(REASONS)), np.int64)
-        for i, (source, record) in enumerate(zip(sources.tolist(), asked.tolist(), strict=True)):
+        for i, (position, source, record) in enumerate(
+            zip(positions.tolist(), sources.tolist(), asked.tolist(), strict=True)
+        ):
             images[i], index[i], met = self._reader.read(
-                self._sources[source], record, step, first + i, self.names[source]
+                self._sources[source], record, step, position, self.names[source]
             )
             for kind in met:
                 broken[source, REASONS.index(kind)] += 1

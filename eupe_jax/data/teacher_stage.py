@@ -14,7 +14,8 @@ import numpy as np
 
 from eupe_jax.distill.host_teachers import HostTeacher, check_features
 
-AugmentFn = Callable[[int, np.ndarray, int], np.ndarray]  # (step, uint8 [b, S, S, 3], first position) -> the same
+# (step, uint8 [b, S, S, 3], their positions in the global batch: int [b], None: from 0 on) -> the same
+AugmentFn = Callable[[int, np.ndarray, np.ndarray | None], np.ndarray]
 Features = dict[str, dict[str, np.ndarray]]
 
 
@@ -38,19 +39,19 @@ def with_host_teachers(
     augment_fn: AugmentFn | None = None,
     *,
     start_step: int = 0,
-    first_position: int = 0,
+    positions: np.ndarray | None = None,
     ahead: int = 2,
 ) -> "Background":
     """Adds to batch["features"] and replaces batch["image"] by the augmented pixels, `ahead` batches in advance.
 
-    batches: `loader.batches(start_step)`; first_position: `loader.first_position`. augment_fn: `host_augment(...)`;
-    None: no augmentation. What goes wrong in the thread is raised by the consumer's next(). Close the result (or leave
-    its `with` block) to stop the thread and close `batches`.
+    batches: `loader.batches(start_step, positions)`. augment_fn: `host_augment(...)`; None: no augmentation. What goes
+    wrong in the thread is raised by the consumer's next(). Close the result (or leave its `with` block) to stop the
+    thread and close `batches`.
     """
 
     def stage(batches: Iterator[dict]) -> Iterator[dict]:
         for step, batch in enumerate(batches, start_step):
-            images = augment_fn(step, batch["image"], first_position) if augment_fn else batch["image"]
+            images = augment_fn(step, batch["image"], positions) if augment_fn else batch["image"]
             yield {**batch, "image": images, "features": batch.get("features", {}) | run_teachers(teachers, images)}
 
     return Background(stage, iter(batches), ahead)

@@ -22,6 +22,7 @@ from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding
 from eupe_jax.training.assemble import Teachers, check_sides
 from eupe_jax.training.cached_teachers import open_cache
+from eupe_jax.training.distributed import local_positions
 
 
 def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -56,8 +57,8 @@ def make_source(name: str, entry: ConfigDict) -> source_kinds.Source:
     return source_kinds.open_source(entry.kind, entry.path, field=f"data.sources.{name}", **options)
 
 
-def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -> Loader:
-    """The loader of one host."""
+def make_loader(config: ConfigDict) -> Loader:
+    """The loader that `config.data` describes."""
     data = config.data
     return Loader(
         {name: make_source(name, entry) for name, entry in data.sources.items()},
@@ -68,8 +69,6 @@ def make_loader(config: ConfigDict, *, process_index: int, process_count: int) -
         mixing=data.mixing,
         repeats={name: entry.repeat for name, entry in data.sources.items() if entry.get("repeat", 0)},
         total_steps=config.total_steps,
-        process_index=process_index,
-        process_count=process_count,
         threads=data.threads,
         workers=data.workers,
     )
@@ -96,9 +95,8 @@ class Data:
 
     def __init__(self, config: ConfigDict) -> None:
         self._config = config
-        self._here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self._cache = open_cache(config)
-        self._loader = make_loader(config, **self._here) if self._cache is None else None
+        self._loader = make_loader(config) if self._cache is None else None
 
     @property
     def facts(self) -> dict[str, dict]:
@@ -109,20 +107,23 @@ class Data:
         return {"sources": {name: {"records": len(s), "digest": s.digest} for name, s in opened.items()}}
 
     def batches(self, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> "Batches":
-        """Global batches from `start_step` on, with the features of these host teachers."""
+        """Global batches from `start_step` on, with the features of these host teachers. Each host makes the images
+        that its own devices take."""
         config, loader = self._config, self._loader
+        sharding = batch_sharding(mesh)
+        positions = local_positions(sharding, config.batch_size)
         if loader is None:
-            local = self._cache.batches(start_step, batch_size=config.batch_size, seed=config.seed, **self._here)
+            local = self._cache.batches(
+                start_step, batch_size=config.batch_size, seed=config.seed, positions=positions
+            )
             if hosts:
                 local = with_host_teachers(local, hosts, start_step=start_step)
-            return Batches(local, batch_sharding(mesh), start_step)
-        local = loader.batches(start_step)
+            return Batches(local, sharding, start_step)
+        local = loader.batches(start_step, positions)
         if hosts:
             run_augment = host_augment(AugmentConfig.from_dict(config.augment), config.seed)
-            local = with_host_teachers(
-                local, hosts, run_augment, start_step=start_step, first_position=loader.first_position
-            )
-        return Batches(local, batch_sharding(mesh), start_step, list(loader.sources))
+            local = with_host_teachers(local, hosts, run_augment, start_step=start_step, positions=positions)
+        return Batches(local, sharding, start_step, list(loader.sources))
 
 
 class Batches:

@@ -37,8 +37,8 @@ class Virtual:
         return Record(np.full((16, 16, 3), index % 256, np.uint8), f"virtual[{index}]")
 
 
-def take(loader, steps, start=0):
-    batches = loader.batches(start)
+def take(loader, steps, start=0, positions=None):
+    batches = loader.batches(start, positions)
     try:
         return list(itertools.islice(batches, steps))
     finally:
@@ -56,6 +56,11 @@ def assert_same(a, b):
 def two_sources(numbered):
     noise = np.random.default_rng(0).integers(0, 256, (25, 24, 24, 3), np.uint8)
     return {"big": numbered, "small": ArraySource(noise)}
+
+
+def share(batch_size, host, hosts):
+    """Positions of one of several hosts, where they lie one after another."""
+    return np.split(np.arange(batch_size), hosts)[host]
 
 
 def loader(sources, **arguments):
@@ -94,10 +99,20 @@ def global_batches(parts):
 def test_any_number_of_hosts_makes_the_same_global_batch(two_sources, hosts, mixing):
     settings = {"weights": {"big": 0.7, "small": 0.3}, "mixing": mixing}
     whole = take(loader(two_sources, **settings), 5, start=2)
-    parts = [
-        take(loader(two_sources, **settings, process_index=i, process_count=hosts), 5, start=2) for i in range(hosts)
-    ]
+    parts = [take(loader(two_sources, **settings), 5, 2, share(8, i, hosts)) for i in range(hosts)]
     assert_same(whole, global_batches(parts))
+
+
+def test_positions_may_lie_anywhere(two_sources):
+    """On a torus the devices of a host are no neighbours in the batch."""
+    mixed = loader(two_sources, weights={"big": 0.7, "small": 0.3}, mixing="record")
+    here = np.array([0, 1, 6, 3])
+    for whole, part in zip(take(mixed, 3), take(mixed, 3, positions=here), strict=True):
+        np.testing.assert_array_equal(part["index"], whole["index"][here])
+        np.testing.assert_array_equal(part["image"], whole["image"][here])
+    for wrong in ([], [8], [-1]):
+        with pytest.raises(ValueError, match="positions must be some of the 8"):
+            mixed.batches(positions=wrong)
 
 
 class Files:
@@ -115,8 +130,7 @@ class Files:
 
 def host_part(sources, mixing, steps, start, host, hosts):
     """What one host of several makes, in a process of its own."""
-    one = loader(sources, weights=MIX, mixing=mixing, process_index=host, process_count=hosts)
-    return take(one, steps, start)
+    return take(loader(sources, weights=MIX, mixing=mixing), steps, start, share(8, host, hosts))
 
 
 def test_processes_make_the_same_global_batches_and_resume_on_another_number_of_hosts(photos, numbered):
@@ -142,10 +156,8 @@ def test_large_batches_are_made_in_parts(numbered, mixing):
     assert first["image"].shape == (150, 16, 16, 3)
     np.testing.assert_array_equal(first["index"], large.record_ids(1))
     np.testing.assert_array_equal(second["index"], large.record_ids(2))
-    hosts = [
-        loader({"a": Virtual(1000), "b": numbered}, **settings, process_index=i, process_count=3) for i in range(3)
-    ]
-    assert_same([first, second], global_batches([take(host, 2, start=1) for host in hosts]))
+    other = loader({"a": Virtual(1000), "b": numbered}, **settings)
+    assert_same([first, second], global_batches([take(other, 2, 1, share(150, i, 3)) for i in range(3)]))
 
 
 class Together(Virtual):
@@ -250,14 +262,14 @@ def test_a_config_says_how_sources_mix():
     config.total_steps, config.batch_size, config.data.image_size, config.data.mixing = 30, 8, 16, "record"
     config.data.sources.a = common.source("synthetic", "", weight=3, size=16)
     config.data.sources.b = common.source("synthetic", "", weight=1, repeat=2, size=16, count=30)
-    mixed = make_loader(config, process_index=0, process_count=1)
+    mixed = make_loader(config)
     assert all(np.count_nonzero(mixed.record_ids(step) >= 64) == 2 for step in range(30))
     config.total_steps = 31
     with pytest.raises(ValueError, match="data.sources.b runs out: 31 steps draw 62 records"):
-        make_loader(config, process_index=0, process_count=1)
+        make_loader(config)
     config.data.mixing = "steps"
     with pytest.raises(ValueError, match="data.mixing .*'steps'"):
-        make_loader(config, process_index=0, process_count=1)
+        make_loader(config)
 
 
 def test_a_corpus_of_full_size_starts_at_once():
@@ -379,8 +391,7 @@ def test_closing_stops_the_threads(numbered):
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"batch_size": 6, "process_count": 4}, "multiple of the 4 processes"),
-        ({"process_index": 2, "process_count": 2}, "process_index 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"weights": {"other": 1.0}}, r"\['other'\] but the sources are \['data'\]"),
     ],
 )
