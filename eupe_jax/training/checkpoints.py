@@ -6,6 +6,7 @@ One Orbax step directory holds, apart so that each can be loaded alone:
   chain         {teacher: {"adapters", "statistics"}} of every teacher that was itself distilled: the way back to the
                 experts (zero-shot needs it). Never a teacher's backbone.
   manifest      JSON a person can read: models, resolution, pixel statistics, config, versions
+  checksums.json  of all the files (see integrity.py), compared before anything is restored
 What convert/teachers_to_orbax.py writes from other hands' weights is such a directory with one student, "encoder",
 without adapters and optimizer, and perhaps with
   text          the text tower that belongs to the encoder, {"params": {"text", "logit_scale"}}
@@ -14,6 +15,7 @@ without adapters and optimizer, and perhaps with
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,14 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
 
 from eupe_jax.distill.normalization import Statistics
 from eupe_jax.distill.teachers import view
 from eupe_jax.models import text_tower, zoo
 from eupe_jax.models.text_tower import ImageTextModel
 from eupe_jax.sharding.rules import shardings
+from eupe_jax.training import integrity
+
+LOGGER = logging.getLogger(__name__)
 
 FORMAT = "eupe_jax/1"
 MANIFEST = "manifest"
@@ -46,20 +53,32 @@ def versions() -> dict[str, str]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: asynchronous, atomic saves under `workdir/checkpoints`."""
+    """The checkpoints of one run: asynchronous, atomic, checksummed saves under `workdir/checkpoints`."""
 
     def __init__(self, workdir: epath.PathLike, config: ConfigDict) -> None:
         """`config`: save_every (steps), keep (newest kept), keep_every (steps kept for good, 0 for none)."""
         self.directory = absolute(workdir) / "checkpoints"
+        self.damaged = absolute(workdir) / "damaged"
         self._save_every = config.save_every
+        self._saving = -1
+        kept = [checkpoint_managers.LatestN(config.keep)]
+        if config.keep_every:
+            kept.append(checkpoint_managers.EveryNSteps(config.keep_every))
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep,
-                keep_period=config.keep_every or None,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
+
+    def _seal(self) -> None:
+        """Called by the first host, in the background, when all is written and nothing is committed yet."""
+        names = (str(self._saving), f"{self._saving}.orbax-checkpoint-tmp")  # in a bucket; else renamed when committed
+        for step in self.directory.iterdir():
+            if step.name == names[0] or step.name.startswith(names[1]):
+                integrity.seal(step)
 
     @property
     def latest_step(self) -> int | None:
@@ -85,6 +104,8 @@ class Checkpoints:
             items["chain"] = dict(chain)
         args = {key: ocp.args.StandardSave(value) for key, value in items.items()}
         args[MANIFEST] = ocp.args.JsonSave({**manifest, "format": FORMAT, "step": step})
+        self._manager.wait_until_finished()  # as Orbax does itself, but before `_saving` changes
+        self._saving = step
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def restore(self, state: Mapping, step: int) -> dict:
@@ -93,8 +114,10 @@ class Checkpoints:
         Works on another mesh and another number of hosts than the checkpoint was written on.
 
         Raises:
+          CorruptCheckpoint: its files are not those that were written.
           ValueError: the checkpoint holds other students or shapes than this run.
         """
+        integrity.verify_on_all_hosts(self.directory / str(step))
         args = {}
         for name, student in state["students"].items():
             params = student["params"]
@@ -116,6 +139,44 @@ class Checkpoints:
         }
         counter = jax.device_put(np.int32(step), getattr(state["step"], "sharding", None))
         return {"step": counter, "students": students}
+
+    def restore_latest(self, state: Mapping, *, fallback: bool = False) -> dict | None:
+        """The state of the newest checkpoint, as `restore` gives it; None where there is none yet.
+
+        Args:
+          fallback: where the newest is damaged, put it aside (into `workdir/damaged`) and take the newest intact one.
+
+        Raises:
+          CorruptCheckpoint: the newest is damaged and `fallback` is not set, or none is intact.
+        """
+        damaged: dict[int, integrity.CorruptCheckpoint] = {}
+        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        for step in steps:
+            try:
+                state = self.restore(state, step)
+                break
+            except integrity.CorruptCheckpoint as error:
+                damaged[step] = error
+                if not fallback and step != steps[-1]:
+                    raise integrity.CorruptCheckpoint(
+                        f"{error}; bring its files back, or go on from an older one with --on_corrupt=fallback"
+                    ) from None
+        else:
+            if damaged:
+                raise integrity.CorruptCheckpoint(f"{damaged[steps[0]]}; none is intact: bring its files back")
+            return None
+        for step, error in damaged.items():
+            LOGGER.warning("%s; it is put aside into %s", error, self.damaged)
+            self._put_aside(step)
+        return state
+
+    def _put_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            self.damaged.mkdir(parents=True, exist_ok=True)
+            taken = sum(p.name.split(".")[0] == str(step) for p in self.damaged.iterdir())
+            (self.directory / str(step)).rename(self.damaged / (f"{step}.{taken}" if taken else str(step)))
+        sync_global_devices(f"checkpoint {step} put aside")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until the last save is on disk."""
@@ -159,8 +220,13 @@ def step_directory(path: epath.PathLike) -> epath.Path:
 
 
 def read_manifest(path: epath.PathLike) -> dict:
-    """The manifest of a checkpoint (see `step_directory` for what `path` may be)."""
+    """The manifest of a checkpoint (see `step_directory` for what `path` may be).
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: not ours, or damaged.
+    """
     step = step_directory(path)
+    integrity.verify(step, [MANIFEST])
     try:
         manifest = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step / MANIFEST)
     except (ValueError, OSError) as error:
@@ -174,17 +240,22 @@ def read_manifest(path: epath.PathLike) -> dict:
     return manifest
 
 
-def restore_item(step: epath.Path, item: str, target: Any | None = None) -> Any:
+def restore_item(step: epath.Path, item: str, target: Any | None = None, *, as_it_is: bool = False) -> Any:
     """One item of a step directory: as `target` (abstract, with shardings) says, else as numpy arrays.
+
+    Args:
+      as_it_is: in the types it is stored in, whatever those of `target` are: nothing is converted.
 
     Raises:
       FileNotFoundError: the checkpoint has no such item.
+      CorruptCheckpoint: its files are not those that were written.
       ValueError: its shapes or names differ from `target`, or its arrays cannot be read.
     """
     if not (step / item).exists():
         raise FileNotFoundError(f"{step} holds no {item!r}")
+    integrity.verify(step, [item])
     try:
-        return _restore(step, item, target)
+        return _restore(step, item, _as_stored(step, item, target) if as_it_is else target)
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -204,7 +275,7 @@ def _restore(step: epath.Path, item: str, target: Any | None) -> Any:
         return checkpointer.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
-def as_stored(step: epath.Path, item: str, target: Any) -> Any:
+def _as_stored(step: epath.Path, item: str, target: Any) -> Any:
     """`target`, abstract, in the types that the item is stored in: restoring then converts nothing."""
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
@@ -298,7 +369,7 @@ def load_encoder(
     side = int(entry["resolution"])
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     target = _placed({"params": shapes["params"], "buffers": shapes.get("buffers", {})}, mesh)
-    variables = restore_item(step, f"{name}.backbone", as_stored(step, f"{name}.backbone", target))
+    variables = restore_item(step, f"{name}.backbone", target, as_it_is=True)
     described = {**entry, "step": manifest["step"], "format": manifest["format"], "path": str(step)}
     return LoadedEncoder(entry["model"], overrides, module, variables, described, name)
 
@@ -333,7 +404,7 @@ def load_image_text(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> tup
     shapes = jax.eval_shape(module.init, jax.random.key(0), *text_tower.FAMILY.example_inputs(module))
     target = _placed({"params": {k: v for k, v in shapes["params"].items() if k != "visual"}}, None)
     step = step_directory(path)
-    text = restore_item(step, TEXT, as_stored(step, TEXT, target))
+    text = restore_item(step, TEXT, target, as_it_is=True)
     return module, {"params": {"visual": encoder.variables["params"], **text["params"]}}, encoder.manifest
 
 

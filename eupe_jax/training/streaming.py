@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
+from eupe_jax.training import integrity
+
 # What is read at once: large enough for speed, small enough that a host of a pod reads little beyond its own shard.
 CHUNK_BYTES = 32 * 2**20
 # What is compressed and written at once; a leaf written whole would be in memory a second time, compressed.
@@ -41,7 +43,8 @@ def save(
     Each array is on disk before the next one is taken from `leaves`: the peak is one array and a part of it compressed.
 
     Args:
-      directory: must not exist; appears when all is written. What a failed save leaves beside it nobody writes to.
+      directory: must not exist; appears when all is written, and then gets its checksums. What a failed save leaves
+        beside it nobody writes to.
       items: item -> tree of `ComingLeaf`.
       leaves: (name, array) of all the leaves: those of the first item in any order, then those of the second, ...
 
@@ -70,6 +73,7 @@ def save(
                 if type(thread).__module__.startswith("orbax."):
                     thread.join(timeout=30)
             raise
+    integrity.seal(epath.Path(directory))
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):

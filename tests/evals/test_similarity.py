@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from eupe_jax.evals import features, similarity
@@ -14,6 +15,7 @@ from eupe_jax.evals.folders import Subset
 from eupe_jax.evals.interface import DataError
 from eupe_jax.evals.similarity import Settings
 from eupe_jax.models import zoo
+from eupe_jax.training import integrity
 from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder
 from tests.evals.chains import linear_adapter, statistics_of, write_checkpoint
 from tests.evals.image_sets import jpeg, picture
@@ -155,11 +157,16 @@ def test_checkpoints_without_one_way_back_are_refused(teacher, tokens, tmp_path)
     student = student_of(teacher, tokens, tmp_path)
     path = next(tmp_path.rglob("manifest")) / "metadata"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "chain": {**manifest["chain"], "second": manifest["chain"]["proxy"]}}))
+
+    def write(changed):
+        path.write_text(json.dumps(changed))
+        integrity.seal(epath.Path(path.parent.parent))
+
+    write({**manifest, "chain": {**manifest["chain"], "second": manifest["chain"]["proxy"]}})
     with pytest.raises(ValueError, match=r"several proxies \(\['proxy', 'second'\]\)"):
         similarity.load_chain(student.checkpoint)
     manifest["students"]["s"]["adapters"] = None
-    path.write_text(json.dumps(manifest))
+    write(manifest)
     with pytest.raises(ValueError, match="without adapters"):
         similarity.load_chain(student.checkpoint)
 

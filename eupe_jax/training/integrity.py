@@ -1,0 +1,140 @@
+"""Checksums of checkpoints: what is read back is what was written, or an error names the file.
+
+Orbax commits a checkpoint as a whole but does not notice a bit that turned, a file cut short or one that went missing
+afterwards. Before a checkpoint is committed its files' sizes and sha256 are written into it, and compared before
+anything is restored.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental.multihost_utils import broadcast_one_to_all
+
+from eupe_jax.hashing import sha256_file
+
+CHECKSUMS = "checksums.json"
+# What Orbax writes last of all, after the checksums: the fact that it was committed, and when.
+COMMITTED = "commit_success.txt"
+STEP_METADATA = "_CHECKPOINT_METADATA"
+TIMESTAMPS = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
+THREADS = 8  # hashing does not hold the interpreter, and buckets answer slowly
+NAMED = 5  # files that an error names
+MESSAGE_BYTES = 4096  # of an error that hosts tell each other
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint is not what was written; the message names the files."""
+
+
+def seal(step: epath.Path) -> None:
+    """Writes the checksums of all files of a step directory into it; to be called before it is committed."""
+    names = sorted(name for name in _files(step) if name not in (CHECKSUMS, COMMITTED, STEP_METADATA))
+    with ThreadPoolExecutor(THREADS) as pool:
+        files = dict(zip(names, pool.map(lambda name: _entry(step / name), names), strict=True))
+    held = {"files": files, STEP_METADATA: _without_times(step)}
+    partial = step / f".{CHECKSUMS}.partial"
+    partial.write_text(json.dumps({**held, "sha256": _digest(held)}, indent=1))
+    partial.replace(step / CHECKSUMS)
+
+
+def verify(step: epath.Path, items: Iterable[str] | None = None) -> None:
+    """Compares the files of a step directory, or of some of its items, with their checksums.
+
+    Raises:
+      CorruptCheckpoint: checksums or files are missing, cut short or changed; names them.
+    """
+    if problem := _problem(step, items):
+        raise CorruptCheckpoint(problem)
+
+
+def verify_on_all_hosts(step: epath.Path, items: Iterable[str] | None = None) -> None:
+    """`verify`, read by the first host alone; all hosts must call it, and all raise alike."""
+    if jax.process_count() == 1:
+        return verify(step, items)
+    message = np.zeros(MESSAGE_BYTES, np.uint8)
+    if jax.process_index() == 0 and (problem := _problem(step, items)):
+        encoded = problem.encode()[:MESSAGE_BYTES]
+        message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    problem = bytes(np.asarray(broadcast_one_to_all(message), np.uint8)).rstrip(b"\0").decode(errors="replace")
+    if problem:
+        raise CorruptCheckpoint(problem)
+
+
+def _problem(step: epath.Path, items: Iterable[str] | None) -> str | None:
+    """What is wrong, in words; None where nothing is."""
+    try:
+        text = (step / CHECKSUMS).read_text()
+    except FileNotFoundError:
+        return f"{step} is damaged or unfinished: it has no {CHECKSUMS}"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{step / CHECKSUMS} cannot be read: {error}"
+    try:
+        held = json.loads(text)
+        files, digest = held["files"], held.pop("sha256")
+        intact = digest == _digest(held) and all(_plain(name) for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        return f"{step / CHECKSUMS} is damaged"
+    if items is not None:
+        wanted = set(items)
+        files = {name: entry for name, entry in files.items() if name.split("/")[0] in wanted}
+        if missing := wanted - {name.split("/")[0] for name in files}:
+            return f"{step} holds no {', '.join(sorted(missing))}"
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda name: _difference(step / name, files[name]), files)
+        wrong = [f"{name} {difference}" for name, difference in zip(files, found, strict=True) if difference]
+    if _without_times(step) != held[STEP_METADATA]:
+        wrong.append(f"{STEP_METADATA} says other things than were written")
+    if not wrong:
+        return None
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    return f"checkpoint {step} is damaged: {'; '.join(wrong[:NAMED])}{more}"
+
+
+def _difference(path: epath.Path, entry: dict) -> str | None:
+    try:
+        size = path.stat().length
+        if size != entry["size"]:
+            return f"has {size} bytes, not {entry['size']}"
+        return None if sha256_file(path) == entry["sha256"] else "has other bytes than were written"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, KeyError, TypeError) as error:
+        return f"cannot be checked: {error}"
+
+
+def _without_times(step: epath.Path) -> dict | None:
+    """What Orbax notes of the step, without when: that changes once more when it commits."""
+    try:
+        noted = json.loads((step / STEP_METADATA).read_text())
+        return {key: value for key, value in noted.items() if key not in TIMESTAMPS}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _entry(path: epath.Path) -> dict:
+    return {"size": path.stat().length, "sha256": sha256_file(path)}
+
+
+def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Names of all files below, relative to `folder`."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        else:
+            yield prefix + path.name
+
+
+def _plain(name: str) -> bool:
+    """Whether a name stays inside the folder."""
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
+def _digest(held: dict) -> str:
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()

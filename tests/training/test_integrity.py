@@ -1,0 +1,138 @@
+"""Checkpoints that are not what was written are refused, by the name of the file."""
+
+import json
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from eupe_jax.training import checkpoints, integrity
+from eupe_jax.training.checkpoints import Checkpoints
+from eupe_jax.training.integrity import CHECKSUMS, CorruptCheckpoint
+
+STATISTICS = {"teacher": {"mean": {"cls": jnp.ones(3)}}}
+MANIFEST = {"students": {}}
+
+
+def make_state(step):
+    student = {
+        "params": {"backbone": {"kernel": jnp.full((64, 64), step / 7)}, "adapters": {"kernel": jnp.full(8, step / 3)}},
+        "buffers": {},
+        "optimizer": {"mu": jnp.full((64, 64), step / 11)},
+    }
+    return {"step": jnp.int32(step), "students": {"s": student}}
+
+
+def make_checkpoints(workdir, **settings):
+    return Checkpoints(workdir, ConfigDict({"save_every": 1, "keep": 5, "keep_every": 0} | settings))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir with checkpoints of steps 1 and 2."""
+    workdir = tmp_path_factory.mktemp("run")
+    saver = make_checkpoints(workdir)
+    for step in (1, 2):
+        saver.save(step, make_state(step), STATISTICS, {}, MANIFEST)
+    saver.close()
+    return workdir
+
+
+def restored(workdir, **settings):
+    saver = make_checkpoints(workdir)
+    try:
+        return saver.restore_latest(make_state(0), **settings)
+    finally:
+        saver.close()
+
+
+def flip(path, moments):
+    data = bytearray(path.read_bytes())
+    data[moments.randrange(len(data))] ^= 1 << moments.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path, moments):
+    path.write_bytes(path.read_bytes()[: moments.randrange(path.stat().st_size)])
+
+
+def remove(path, moments):
+    path.unlink()
+
+
+def test_every_damage_to_every_file_is_named(run, tmp_path):
+    """No bit, no byte and no file of a checkpoint can change unseen, but for the time of its commit."""
+    step, moments, cases = run / "checkpoints" / "2", random.Random(0), 0
+    written_last = {integrity.COMMITTED, integrity.STEP_METADATA}
+    for path in sorted(p.relative_to(step) for p in step.rglob("*") if p.is_file() and p.name != integrity.COMMITTED):
+        for damage in (flip, cut, remove, flip):
+            copy = tmp_path / "copy"
+            shutil.copytree(step, copy)
+            damage(copy / path, moments)
+            if str(path) in written_last and damage is flip:
+                note = json.loads((step / path).read_text())
+                (copy / path).write_text(json.dumps(note | {"item_handlers": {}}))
+            with pytest.raises(CorruptCheckpoint, match=path.name):
+                integrity.verify(checkpoints.absolute(copy))
+            shutil.rmtree(copy)
+            cases += 1
+    assert cases >= 100
+    integrity.verify(checkpoints.absolute(step))
+
+
+def test_a_damaged_checkpoint_stops_the_run_unless_asked_to_fall_back(run, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    flip(max((workdir / "checkpoints/2/s.optimizer").rglob("d/*"), key=lambda p: p.stat().st_size), random.Random(1))
+    with pytest.raises(CorruptCheckpoint, match=r"s.optimizer/.* other bytes.*with --on_corrupt=fallback"):
+        restored(workdir)
+    assert (workdir / "checkpoints/2").is_dir(), "nothing is touched"
+    state = restored(workdir, fallback=True)
+    assert int(state["step"]) == 1 and "put aside into" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, state["students"], make_state(1)["students"])
+    assert (workdir / "damaged/2").is_dir() and not (workdir / "checkpoints/2").exists()
+    saver = make_checkpoints(workdir)
+    saver.save(2, make_state(2), STATISTICS, {}, MANIFEST)  # the step can be saved again
+    saver.close()
+    assert int(restored(workdir)["step"]) == 2
+
+
+def test_where_none_is_intact_nothing_is_put_aside(run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    for step in (1, 2):
+        remove(workdir / f"checkpoints/{step}/statistics/_METADATA", None)
+    with pytest.raises(CorruptCheckpoint, match="checkpoints/2 .*_METADATA is missing; none is intact"):
+        restored(workdir, fallback=True)
+    assert (workdir / "checkpoints/2").is_dir() and not (workdir / "damaged").exists()
+    assert restored(tmp_path / "new") is None
+
+
+def test_what_is_loaded_alone_is_checked_alone(run, tmp_path):
+    step = tmp_path / "2"
+    shutil.copytree(run / "checkpoints/2", step)
+    cut(step / "s.adapters/_METADATA", random.Random(2))
+    step = checkpoints.absolute(step)
+    found = checkpoints.restore_item(step, "s.backbone")
+    written = make_state(2)["students"]["s"]["params"]["backbone"]
+    np.testing.assert_array_equal(found["params"]["kernel"], written["kernel"])
+    with pytest.raises(CorruptCheckpoint, match="s.adapters/_METADATA has"):
+        checkpoints.restore_item(step, "s.adapters")
+    (step / CHECKSUMS).unlink()
+    with pytest.raises(CorruptCheckpoint, match="no checksums.json"):
+        checkpoints.restore_item(step, "s.backbone")
+
+
+def test_checksums_name_no_file_outside(run, tmp_path):
+    step = tmp_path / "2"
+    shutil.copytree(run / "checkpoints/2", step)
+    held = json.loads((step / CHECKSUMS).read_text())
+    held["files"] = {"../secret": {"size": 1, "sha256": ""}}
+    held["sha256"] = integrity._digest({k: v for k, v in held.items() if k != "sha256"})
+    (step / CHECKSUMS).write_text(json.dumps(held))
+    with pytest.raises(CorruptCheckpoint, match="checksums.json is damaged"):
+        integrity.verify(checkpoints.absolute(step))
