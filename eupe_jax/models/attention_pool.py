@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eupe_jax.models.layers import QKV, LayerNorm, Mlp, dense_init, plain_attention
+from eupe_jax.models.layers import QKV, Activation, LayerNorm, Mlp, dense_init, exact_gelu, plain_attention
 
 
 class ProbeAttention(nn.Module):
@@ -37,7 +37,7 @@ class AttentionPool(nn.Module):
     eps: float = 1e-5
     dtype: Any = jnp.float32
     mlp_dim: int | None = None
-    approximate_gelu: bool = False
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -47,5 +47,5 @@ class AttentionPool(nn.Module):
         pooled = ProbeAttention(self.num_heads, self.dtype, name="attn")(query, x_BxTxD)
         pooled = pooled.astype(jnp.float32)
         hidden = LayerNorm(self.eps, self.dtype, name="norm")(pooled)
-        mlp = Mlp(self.mlp_dim or 4 * dim, dtype=self.dtype, approximate_gelu=self.approximate_gelu, name="mlp")
+        mlp = Mlp(self.mlp_dim or 4 * dim, dtype=self.dtype, gelu=self.gelu, name="mlp")
         return (pooled + mlp(hidden))[:, 0]

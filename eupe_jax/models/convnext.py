@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from eupe_jax.models.depthwise import DepthwiseConv
-from eupe_jax.models.layers import LayerNorm, check_fit, dense_init, stack_blocks
+from eupe_jax.models.layers import Activation, LayerNorm, check_fit, dense_init, exact_gelu, stack_blocks
 from eupe_jax.models.spec import EUPE_EXTRAS, EUPE_PREFIXES, EncoderSpec, Family, Layout, Tensor
 
 NORM_EPS = 1e-6
@@ -28,6 +28,7 @@ class Block(nn.Module):
     layerscale_init: float
     depthwise: str
     dtype: Any
+    gelu: Activation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
@@ -35,8 +36,7 @@ class Block(nn.Module):
         y = DepthwiseConv(self.depthwise, self.dtype, dense_init, name="dwconv")(x)
         y = LayerNorm(NORM_EPS, self.dtype, name="norm")(y)
         y = nn.Dense(4 * dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv1")(y)
-        y = jax.nn.gelu(y, approximate=False)
-        y = nn.Dense(dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv2")(y)
+        y = nn.Dense(dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv2")(self.gelu(y))
         gamma = self.param("gamma", nn.initializers.constant(self.layerscale_init), (dim,))
         # The factor starts at 1e-6: applied in float32, whatever the compute dtype.
         return (x + y.astype(jnp.float32) * gamma).astype(x.dtype), None
@@ -67,7 +67,7 @@ class ConvNeXt(nn.Module):
       depths, dims: blocks and width of each stage.
       layerscale_init: initial value of every block's `gamma`.
       depthwise: "conv", or "matmul", which is many times faster on CPUs (see depthwise.py).
-      dtype, residual_dtype, remat, scan_unroll: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, gelu: as for `vit.VisionTransformer`.
     """
 
     depths: Sequence[int] = (3, 3, 9, 3)
@@ -78,6 +78,7 @@ class ConvNeXt(nn.Module):
     residual_dtype: Any = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def features(
@@ -117,7 +118,7 @@ class ConvNeXt(nn.Module):
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
             x = Downsample(dim, 2 if s else 4, bool(s), self.dtype, name=f"downsample_{s}")(x)
             stage = stack_blocks(Block, depth, remat=self.remat, unroll=self.scan_unroll)
-            stage = stage(self.layerscale_init, self.depthwise, self.dtype, name=f"stages_{s}")
+            stage = stage(self.layerscale_init, self.depthwise, self.dtype, self.gelu, name=f"stages_{s}")
             x, _ = stage(x.astype(self.residual_dtype))
             maps.append(x)
         norm = LayerNorm(NORM_EPS, name="norm")

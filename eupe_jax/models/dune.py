@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
+from eupe_jax.models.layers import Activation, AttentionFn, LayerNorm, PatchEmbed, check_fit, exact_gelu, stack_blocks
 from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import Block, norm_rows, timm_block_rows
@@ -32,7 +32,7 @@ class Dune(nn.Module):
       final_norm: whether outputs pass the final norm, as the encoder alone returns them. The authors trained their
         projectors on tokens that do not.
       position_offset, position_antialias: of the interpolation, see `resize.resize_positions`.
-      dtype, residual_dtype, remat, scan_unroll, attention_fn: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -52,6 +52,7 @@ class Dune(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def features(self, images: jax.Array, *, train: bool = False, layers: Sequence[int] = ()) -> dict[str, Any]:
@@ -89,6 +90,7 @@ class Dune(nn.Module):
             norm_eps=self.norm_eps,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            gelu=self.gelu,
             collect=bool(layers),
             name="blocks",
         )

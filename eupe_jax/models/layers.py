@@ -13,6 +13,7 @@ from eupe_jax.models.fused_attention import FusedAttention, permute_columns
 from eupe_jax.models.rope import HALVES, Rotation
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | FusedAttention
+Activation = Callable[[jax.Array], jax.Array]
 
 # The published init truncates at +-2, a hundred standard deviations: a plain normal.
 dense_init = nn.initializers.normal(0.02)
@@ -126,7 +127,7 @@ def plain_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.A
 
 
 class Attention(nn.Module):
-    """Self-attention. `attention_fn` replaces `plain_attention`; a `FusedAttention` rotates too.
+    """Self-attention. `attention_fn` replaces `plain_attention`; a `FusedAttention` rotates too, where heads fit it.
 
     `rotation` gives queries and keys their positions, on as many trailing tokens as the tables of `rope` have; None
     leaves them as they are.
@@ -144,18 +145,23 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
         dim = x_BxTxD.shape[-1]
         qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")
-        attend = self._fused if isinstance(self.attention_fn, FusedAttention) else self._by_heads
-        out = checkpoint_name(attend(qkv, x_BxTxD, *rope), "attention")
+        fused = isinstance(self.attention_fn, FusedAttention)
+        if fused and self.attention_fn.fits(self.num_heads, dim // self.num_heads, x_BxTxD.shape[1]):
+            out = self._fused(qkv, x_BxTxD, *rope)
+        else:
+            other = None if fused else self.attention_fn
+            out = self._by_heads(other or plain_attention, qkv, x_BxTxD, *rope)
+        out = checkpoint_name(out, "attention")
         return nn.Dense(dim, use_bias=self.proj_bias, dtype=self.dtype, kernel_init=dense_init, name="proj")(out)
 
-    def _by_heads(self, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
+    def _by_heads(self, attend: Callable, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
         batch, tokens, dim = x_BxTxD.shape
         projected = checkpoint_name(qkv(x_BxTxD), "qkv")
         projected = projected.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
         if self.rotation is not None:
             q, k = self.rotation.turn(q, *rope), self.rotation.turn(k, *rope)
-        return (self.attention_fn or plain_attention)(q, k, v).reshape(batch, tokens, dim)
+        return attend(q, k, v).reshape(batch, tokens, dim)
 
     def _fused(self, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
         rotation = self.rotation or HALVES
@@ -166,21 +172,30 @@ class Attention(nn.Module):
         return self.attention_fn(projected, *tables, self.num_heads)
 
 
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function of x, by erf."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """The usual approximation of `exact_gelu`; its error is at most 5e-4."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 class Mlp(nn.Module):
-    """Linear, GELU (exact by erf, or the tanh approximation), linear."""
+    """Linear, GELU, linear."""
 
     hidden: int
     use_bias: bool = True
     dtype: Any = jnp.float32
-    approximate_gelu: bool = False
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def dense(width, name):
             return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
 
-        hidden = jax.nn.gelu(dense(self.hidden, "fc1")(x), approximate=self.approximate_gelu)
-        return dense(x.shape[-1], "fc2")(hidden)
+        return dense(x.shape[-1], "fc2")(self.gelu(dense(self.hidden, "fc1")(x)))
 
 
 class SwiGLU(nn.Module):
@@ -217,10 +232,14 @@ def ffn_hidden(ffn_layer: str, dim: int, ratio: float) -> int:
     return hidden + (-hidden) % align
 
 
-def feed_forward(ffn_layer: str, dim: int, ratio: float, use_bias: bool, dtype: Any, name: str) -> nn.Module:
-    """The feed-forward module that `ffn_layer` names ("mlp", "swiglu", "swiglu64", ...)."""
-    module = Mlp if ffn_layer == "mlp" else SwiGLU
-    return module(ffn_hidden(ffn_layer, dim, ratio), use_bias, dtype, name=name)
+def feed_forward(
+    ffn_layer: str, dim: int, ratio: float, use_bias: bool, dtype: Any, gelu: Activation, name: str
+) -> nn.Module:
+    """The feed-forward module that `ffn_layer` names ("mlp", which takes `gelu`, "swiglu", "swiglu64", ...)."""
+    hidden = ffn_hidden(ffn_layer, dim, ratio)
+    if ffn_layer == "mlp":
+        return Mlp(hidden, use_bias, dtype, gelu, name=name)
+    return SwiGLU(hidden, use_bias, dtype, name=name)
 
 
 def check_fit(images_BxHxWxC: jax.Array, multiple: int) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eupe_jax.models.attention_pool import AttentionPool
-from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
+from eupe_jax.models.layers import Activation, AttentionFn, LayerNorm, PatchEmbed, check_fit, exact_gelu, stack_blocks
 from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.rope import Rotation
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
@@ -70,7 +70,7 @@ class PerceptionEncoder(nn.Module):
       cls_output: the encoder's "cls": "pool" (pooled, before the projection), "proj" (projected, the embedding that is
         compared with text) or "none". EUPE §3.2 gives class and patch targets one width, which only "pool" has.
       patch_output: the encoder's "patches": after the final norm ("norm") or before it ("raw").
-      dtype, residual_dtype, remat, scan_unroll, attention_fn: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -92,6 +92,7 @@ class PerceptionEncoder(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def features(
@@ -136,6 +137,7 @@ class PerceptionEncoder(nn.Module):
             rotation=NEIGHBOURS,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            gelu=self.gelu,
             collect=bool(layers),
             name="blocks",
         )
@@ -151,7 +153,8 @@ class PerceptionEncoder(nn.Module):
         # The summary is always computed, so that its parameters exist whatever the outputs; jit drops what is unused.
         summary = {}
         if self.pool_heads is not None:
-            summary["pooled"] = AttentionPool(self.pool_heads, self.norm_eps, self.dtype, name="attn_pool")(normed)
+            pool = AttentionPool(self.pool_heads, self.norm_eps, self.dtype, gelu=self.gelu, name="attn_pool")
+            summary["pooled"] = pool(normed)
         if self.output_dim is not None:
             proj = self.param("proj", nn.initializers.normal(dim**-0.5), (dim, self.output_dim))
             summary["embedding"] = summary["pooled"] @ proj

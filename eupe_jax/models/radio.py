@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eupe_jax.models.layers import AttentionFn, PatchEmbed, check_fit, stack_blocks
+from eupe_jax.models.layers import Activation, AttentionFn, PatchEmbed, check_fit, exact_gelu, stack_blocks
 from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import Block, timm_block_rows
@@ -37,7 +37,7 @@ class Radio(nn.Module):
       summary: which of them make the encoder's "cls", in this order.
       num_registers: registers, the encoder's "storage".
       align_corners: whether the ends of the shrunk position table are the ends of the table (see above).
-      dtype, residual_dtype, remat, scan_unroll, attention_fn: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -56,6 +56,7 @@ class Radio(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def features(self, images: jax.Array, *, train: bool = False, layers: Sequence[int] = ()) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class Radio(nn.Module):
             norm_eps=self.norm_eps,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            gelu=self.gelu,
             collect=bool(layers),
             name="blocks",
         )

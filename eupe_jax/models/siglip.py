@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from eupe_jax.models.attention_pool import AttentionPool
-from eupe_jax.models.layers import AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks
+from eupe_jax.models.layers import Activation, AttentionFn, LayerNorm, PatchEmbed, check_fit, stack_blocks, tanh_gelu
 from eupe_jax.models.resize import resize_positions
 from eupe_jax.models.spec import EncoderSpec, Family, Layout, Tensor
 from eupe_jax.models.transformer import Block, dense_rows, norm_rows
@@ -29,7 +29,7 @@ class SiglipVision(nn.Module):
       mlp_dim: hidden width of the feed-forward layers, the pool's included.
       num_heads: heads of the blocks and of the pool.
       image_size: native side in pixels; fixes the size of the position table, other sizes interpolate it.
-      dtype, residual_dtype, remat, scan_unroll, attention_fn: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -44,6 +44,7 @@ class SiglipVision(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
+    gelu: Activation = tanh_gelu
 
     @nn.compact
     def features(
@@ -80,16 +81,16 @@ class SiglipVision(nn.Module):
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             norm_eps=self.norm_eps,
-            approximate_gelu=True,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            gelu=self.gelu,
             collect=bool(layers),
             name="blocks",
         )
         x, per_block = blocks(x)
         norm = LayerNorm(self.norm_eps, name="norm")
         normed = norm(x)
-        pool = AttentionPool(self.num_heads, self.norm_eps, self.dtype, self.mlp_dim, True, name="attn_pool")
+        pool = AttentionPool(self.num_heads, self.norm_eps, self.dtype, self.mlp_dim, self.gelu, name="attn_pool")
 
         def split(tokens):
             return {"storage": tokens[:, :0], "patches": tokens.reshape(batch, h, w, dim)}

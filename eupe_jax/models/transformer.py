@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eupe_jax.models.layers import Attention, AttentionFn, LayerNorm, Mlp, Scale
+from eupe_jax.models.layers import Activation, Attention, AttentionFn, LayerNorm, Mlp, Scale, exact_gelu
 from eupe_jax.models.rope import Rotation
 from eupe_jax.models.spec import Tensor
 
@@ -19,7 +19,7 @@ class Block(nn.Module):
     layerscale_init: float | None = None
     norm_eps: float = 1e-5
     rotation: Rotation | None = None
-    approximate_gelu: bool = False
+    gelu: Activation = exact_gelu
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
     collect: bool = False
@@ -34,7 +34,7 @@ class Block(nn.Module):
             self.num_heads, mask_k_bias=False, dtype=self.dtype, attention_fn=self.attention_fn,
             rotation=self.rotation, name="attn",
         )
-        mlp = Mlp(self.mlp_dim, dtype=self.dtype, approximate_gelu=self.approximate_gelu, name="mlp")
+        mlp = Mlp(self.mlp_dim, dtype=self.dtype, gelu=self.gelu, name="mlp")
         y = attn(LayerNorm(self.norm_eps, self.dtype, name="norm1")(x), *rope)
         x = (x + scaled(y, "ls1")).astype(stream)
         y = mlp(LayerNorm(self.norm_eps, self.dtype, name="norm2")(x))

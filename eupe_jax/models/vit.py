@@ -13,12 +13,14 @@ import numpy as np
 
 from eupe_jax.models import rope
 from eupe_jax.models.layers import (
+    Activation,
     Attention,
     AttentionFn,
     LayerNorm,
     PatchEmbed,
     Scale,
     check_fit,
+    exact_gelu,
     feed_forward,
     k_bias_mask,
     stack_blocks,
@@ -40,6 +42,7 @@ class Block(nn.Module):
     norm_eps: float
     dtype: Any
     attention_fn: AttentionFn | None
+    gelu: Activation
     collect: bool
 
     @nn.compact
@@ -48,7 +51,7 @@ class Block(nn.Module):
         attn = Attention(
             self.num_heads, self.qkv_bias, self.mask_k_bias, self.proj_bias, self.dtype, self.attention_fn, name="attn"
         )
-        mlp = feed_forward(self.ffn_layer, dim, self.ffn_ratio, self.ffn_bias, self.dtype, name="mlp")
+        mlp = feed_forward(self.ffn_layer, dim, self.ffn_ratio, self.ffn_bias, self.dtype, self.gelu, name="mlp")
 
         def scaled(branch, name):
             return branch if self.layerscale_init is None else Scale(self.layerscale_init, name=name)(branch)
@@ -74,6 +77,7 @@ class VisionTransformer(nn.Module):
       residual_dtype: dtype of the residual stream; bfloat16 would swallow branches scaled by 1e-5.
       remat, scan_unroll: see `layers.stack_blocks`.
       attention_fn: replaces plain attention; (q, k, v), each [B, T, heads, head_dim], -> the same shape.
+      gelu: activation of the feed-forward layers, where they have that one.
     """
 
     embed_dim: int = 768
@@ -103,6 +107,7 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
+    gelu: Activation = exact_gelu
 
     @nn.compact
     def features(
@@ -164,6 +169,7 @@ class VisionTransformer(nn.Module):
             norm_eps=self.norm_eps,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
+            gelu=self.gelu,
             collect=bool(layers),
             name="blocks",
         )

@@ -1,0 +1,132 @@
+"""Which kernels a model computes with: chosen by the devices of the mesh, never stored in a checkpoint.
+
+TPUs take the fused RoPE and attention kernel, GPUs cuDNN's attention, everything else plain operations. On a TPU the
+form of GELU, and whether collectives run beside computation, are a matter of the chip's generation:
+docs/plans/choices.md has the effect of each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from eupe_jax.models import zoo
+from eupe_jax.models.fused_attention import FusedAttention
+from eupe_jax.models.layers import exact_gelu, plain_attention, tanh_gelu
+from eupe_jax.sharding.chips import chip_of
+
+ATTENTION = ("auto", "fused", "cudnn", "plain")
+TEACHER_GELU = ("auto", "exact", "tanh")
+ASYNC_COLLECTIVES = ("auto", "on", "off")
+
+# Chips whose compiler computes erf again for every tile of the matmul that reads it (the cost of the MLP
+# doubles), and those where it must be told to write the activation out instead.
+_TANH = ("v5p", "v6e")
+_KEPT = ("v6e",)
+# v5e gathers ahead of time unasked.
+_ASYNC = ("v5p", "v6e")
+ASYNC_OPTIONS = {
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_enable_async_all_gather": "true",
+}
+
+
+def model_fields(compute: ConfigDict, mesh: Mesh, model: str, *, frozen: bool) -> dict[str, Any]:
+    """Constructor fields of zoo model `model` for the devices of `mesh`, from `config.compute`.
+
+    frozen: a teacher, whose GELU may be approximated where that pays. Trained models compute as published.
+
+    Raises:
+      ValueError: a choice that does not exist, or not on these devices; names the field.
+    """
+    check(compute)
+    known = zoo.family(model).module.__dataclass_fields__
+    fields = {"attention_fn": attention_fn(compute.attention, mesh), "gelu": _gelu(compute, mesh, model, frozen)}
+    return {name: value for name, value in fields.items() if value is not None and name in known}
+
+
+def compiler_options(compute: ConfigDict, mesh: Mesh) -> dict[str, str] | None:
+    """Options of the compiler for the step's program; None where its defaults are best."""
+    check(compute)
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    on = _chip(mesh) in _ASYNC if compute.async_collectives == "auto" else compute.async_collectives == "on"
+    return dict(ASYNC_OPTIONS) if on else None
+
+
+def check(compute: ConfigDict) -> None:
+    """Raises ValueError, naming the field, for a value that it does not have."""
+    for field, known in (
+        ("attention", ATTENTION), ("teacher_gelu", TEACHER_GELU), ("async_collectives", ASYNC_COLLECTIVES)
+    ):  # fmt: skip
+        if compute[field] not in known:
+            raise ValueError(f"compute.{field} is {compute[field]!r}: use one of {', '.join(known)}")
+
+
+def attention_fn(choice: str, mesh: Mesh) -> Callable | FusedAttention | None:
+    """The attention of the encoders on these devices; None: plain.
+
+    Raises:
+      ValueError: the choice does not run there.
+    """
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape.get("tensor", 1)
+    if choice == "auto":
+        choice = {"tpu": "fused" if tensor == 1 else "plain", "gpu": "cudnn"}.get(platform, "plain")
+        return {"fused": FusedAttention(mesh), "cudnn": cudnn_where_it_fits, "plain": None}[choice]
+    if choice == "fused" and (platform != "tpu" or tensor != 1):
+        raise ValueError(
+            f"compute.attention='fused' needs TPUs and mesh.tensor=1, not {platform} devices and {tensor}: use 'auto'"
+        )
+    if choice == "cudnn" and platform != "gpu":
+        raise ValueError(f"compute.attention='cudnn' needs GPUs, these are {platform} devices: use 'auto'")
+    return {"fused": FusedAttention(mesh), "cudnn": cudnn_attention, "plain": None}[choice]
+
+
+def cudnn_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.Array) -> jax.Array:
+    """cuDNN's flash attention: half precision, head widths of 8, 16, ... 128 (Hopper: 256)."""
+    return jax.nn.dot_product_attention(q_BxTxHxD, k_BxTxHxD, v_BxTxHxD, implementation="cudnn")
+
+
+def cudnn_where_it_fits(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.Array) -> jax.Array:
+    """`cudnn_attention` where it takes such heads in that precision, else `plain_attention`."""
+    half = q_BxTxHxD.dtype in (jnp.bfloat16, jnp.float16)
+    width = q_BxTxHxD.shape[-1]
+    attend = cudnn_attention if half and width % 8 == 0 and width <= 128 else plain_attention
+    return attend(q_BxTxHxD, k_BxTxHxD, v_BxTxHxD)
+
+
+def kept(gelu: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`gelu` of x, written out once: the compiler may not compute it again inside the matmul that reads it."""
+    return jax.lax.optimization_barrier(gelu(x))
+
+
+def tanh_gelu_kept(x: jax.Array) -> jax.Array:
+    return kept(tanh_gelu, x)
+
+
+def exact_gelu_kept(x: jax.Array) -> jax.Array:
+    return kept(exact_gelu, x)
+
+
+def _chip(mesh: Mesh) -> str:
+    """Its name among `chips.CHIPS`, "" for other devices."""
+    chip = chip_of(mesh.devices.flat[0])
+    return chip.name if chip else ""
+
+
+def _gelu(compute: ConfigDict, mesh: Mesh, model: str, frozen: bool) -> Callable | None:
+    """None: as the model has it."""
+    fields = zoo.family(model).module.__dataclass_fields__
+    if "gelu" not in fields or fields["gelu"].default is not exact_gelu:
+        return None
+    choice = compute.teacher_gelu if frozen else "exact"
+    if choice == "auto":
+        choice = "tanh" if _chip(mesh) in _TANH else "exact"
+    if _chip(mesh) in _KEPT:
+        return {"exact": exact_gelu_kept, "tanh": tanh_gelu_kept}[choice]
+    return {"exact": exact_gelu, "tanh": tanh_gelu}[choice]
