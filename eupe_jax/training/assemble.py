@@ -1,11 +1,13 @@
 """From a config to the parts of a run: teachers with weights, students, optimisers."""
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -22,7 +24,7 @@ from eupe_jax.distill.teacher_spec import fingerprint as teacher_fingerprint
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import interchange, zoo
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import checkpoints, weight_files
+from eupe_jax.training import checkpoints, kernels, weight_files
 from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.fingerprint import fingerprint
 from eupe_jax.training.optimizer import make_optimizer
@@ -55,15 +57,60 @@ class Teachers:
     chain_headers: dict[str, dict]
 
 
-def describe_teachers(config: ConfigDict) -> dict[str, Teacher]:
-    """The in-graph teachers as configured, without weights: enough for shapes and parameter counts."""
-    teachers = {}
+def describe_teachers(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Teacher]:
+    """The teachers as configured, without weights: enough for shapes and parameter counts. Checkpoints are not looked
+    at; host teachers are opened and a feature cache is read, because only they know their widths.
+
+    Raises:
+      ValueError: as `load_teachers`, but for checkpoints.
+    """
+    cache, teachers = open_cache(config), {}
     for name, entry in config.teachers.items():
-        if entry.kind != "encoder":
-            raise ValueError(f"teachers.{name} is a host teacher: its widths are known only once it is loaded")
-        spec = zoo.spec(entry.model, **entry.overrides)
-        module = zoo.build(entry.model, dtype=jnp.dtype(entry.dtype), **entry.overrides)
-        teachers[name] = _teacher(entry, _teacher_spec(name, entry, spec, "not loaded"), module)
+        if cache is not None and name in cache.teachers:
+            teachers[name] = _teacher(entry, cache.teachers[name], None)
+        elif entry.kind == "encoder":
+            module, spec = _frozen_module(config, name, mesh), zoo.spec(entry.model, **entry.overrides)
+            check_sides(f"teachers.{name}", spec, entry.resolutions)
+            teachers[name] = _teacher(entry, _teacher_spec(name, entry, spec, "not loaded"), module)
+        else:
+            teachers[name] = _teacher(entry, _open_host(name, entry)[1], None)
+    return _require_teachers(teachers)
+
+
+def abstract_variables(entry: ConfigDict) -> Any:
+    """The variables of an in-graph teacher as `load_teachers` stores them, as shapes and types."""
+    dtype, side = jnp.dtype(entry.dtype), entry.resolutions[0]
+    module = zoo.build(entry.model, dtype=dtype, **entry.overrides)
+    images = jnp.zeros((1, side, side, 3))
+    return jax.eval_shape(lambda key: _in_compute_type(module.init(key, images), dtype), jax.random.key(0))
+
+
+def _frozen_module(config: ConfigDict, name: str, mesh: Mesh | None, overrides: Mapping | None = None) -> nn.Module:
+    """The encoder of teacher `name`, with the kernels of these devices."""
+    entry = config.teachers[name]
+    fields = {} if mesh is None else kernels.model_fields(config.compute, mesh, entry.model, frozen=True)
+    overrides = entry.overrides if overrides is None else overrides
+    return zoo.build(entry.model, **{**fields, "dtype": jnp.dtype(entry.dtype), **overrides})
+
+
+def _in_compute_type(variables: Any, dtype: Any) -> Any:
+    """Exact: kernels are cast to the compute type at every use anyway."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(dtype) if getattr(path[-1], "key", "") == "kernel" else x, variables
+    )
+
+
+def _open_host(name: str, entry: ConfigDict) -> tuple[HostTeacher, TeacherSpec]:
+    if entry.kind != "host":
+        raise ValueError(f"teachers.{name}.kind is {entry.kind!r}: use 'encoder' or 'host'")
+    host = load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])
+    spec = dataclasses.replace(host.spec, name=name, fingerprint=_with_token(host.spec.fingerprint, entry))
+    return host, spec
+
+
+def _require_teachers(teachers: dict[str, Teacher]) -> dict[str, Teacher]:
+    if not teachers:
+        raise ValueError("config.teachers is empty: a run needs at least one teacher")
     return teachers
 
 
@@ -82,29 +129,24 @@ def load_teachers(config: ConfigDict, mesh: Mesh) -> Teachers:
             if chain := cache.chain(name):
                 loaded.chain_headers[name], loaded.chains[name] = chain[0], unflatten_dict(chain[1], sep="/")
         elif entry.kind == "encoder":
-            _load_encoder_teacher(loaded, name, entry, mesh)
-        elif entry.kind == "host":
-            host = load_host_teacher(entry.factory, **entry.kwargs, resolution=entry.resolutions[0])
-            spec = dataclasses.replace(host.spec, name=name, fingerprint=_with_token(host.spec.fingerprint, entry))
-            loaded.hosts[name] = host
-            loaded.by_name[name] = _teacher(entry, spec, None)
+            _load_encoder_teacher(loaded, name, config, mesh)
         else:
-            raise ValueError(f"teachers.{name}.kind is {entry.kind!r}: use 'encoder' or 'host'")
-    if not loaded.by_name:
-        raise ValueError("config.teachers is empty: a run needs at least one teacher")
+            loaded.hosts[name], spec = _open_host(name, entry)
+            loaded.by_name[name] = _teacher(entry, spec, None)
+    _require_teachers(loaded.by_name)
     return loaded
 
 
-def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: Mesh) -> None:
+def _load_encoder_teacher(loaded: Teachers, name: str, config: ConfigDict, mesh: Mesh) -> None:
+    entry = config.teachers[name]
     if not entry.checkpoint:
         raise ValueError(f"teachers.{name}.checkpoint is empty: give --config.teachers.{name}.checkpoint=DIR")
     dtype = jnp.dtype(entry.dtype)
     if entry.checkpoint == RANDOM:
         LOGGER.warning("teacher %r has random weights: good for a smoke test only", name)
-        spec = zoo.spec(entry.model, **entry.overrides)
-        module = zoo.build(entry.model, dtype=dtype, **entry.overrides)
-        side = entry.resolutions[0]
-        variables = jax.jit(module.init)(jax.random.key(sum(map(ord, name))), jnp.zeros((1, side, side, 3)))
+        spec, module = zoo.spec(entry.model, **entry.overrides), _frozen_module(config, name, mesh)
+        side, plain = entry.resolutions[0], zoo.build(entry.model, dtype=dtype, **entry.overrides)
+        variables = jax.jit(plain.init)(jax.random.key(sum(map(ord, name))), jnp.zeros((1, side, side, 3)))
     else:
         encoder = checkpoints.load_encoder(entry.checkpoint, entry.student or None, dtype=dtype, mesh=mesh)
         if encoder.name != entry.model:
@@ -112,7 +154,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
                 f"teachers.{name}.model is {entry.model!r}, but {entry.checkpoint} holds {encoder.name!r}"
             )
         overrides = _overrides(name, entry, encoder)
-        spec, module = zoo.spec(encoder.name, **overrides), zoo.build(encoder.name, dtype=dtype, **overrides)
+        spec, module = zoo.spec(encoder.name, **overrides), _frozen_module(config, name, mesh, overrides)
         spec, variables = dataclasses.replace(spec, mean=encoder.mean, std=encoder.std), encoder.variables
         if encoder.manifest.get("adapters"):
             statistics = checkpoints.load_statistics(entry.checkpoint)
@@ -129,11 +171,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, entry: ConfigDict, mesh: 
     usual = zoo.build(entry.model)
     chosen = {k: v for k, v in entry.overrides.items() if k in OUTPUT_FIELDS and v != getattr(usual, k)}
     weights = "+".join([fingerprint(variables), *(f"{k}={v}" for k, v in sorted(chosen.items()))])
-    if dtype != jnp.float32:
-        # exact: kernels are cast to the compute type at every use anyway
-        variables = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.astype(dtype) if getattr(path[-1], "key", "") == "kernel" else x, variables
-        )
+    variables = _in_compute_type(variables, dtype)
     loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh))
     loaded.by_name[name] = _teacher(entry, _teacher_spec(name, entry, spec, weights), module)
 
@@ -180,16 +218,19 @@ def _teacher(entry: ConfigDict, spec: TeacherSpec, module: Any) -> Teacher:
     return Teacher(spec, entry.class_token, module, entry.class_weight, entry.patch_weight)
 
 
-def make_students(config: ConfigDict, teachers: Mapping[str, Teacher]) -> dict[str, Student]:
-    """Every student with its adapters and optimiser; no arrays yet."""
+def make_students(
+    config: ConfigDict, teachers: Mapping[str, Teacher], mesh: Mesh | None = None
+) -> dict[str, Student]:
+    """Every student with its adapters, its optimiser and the kernels of the mesh's devices; no arrays yet."""
     if not config.students:
         raise ValueError("config.students is empty: a run needs at least one student")
     students = {}
     for name, entry in config.students.items():
         spec = zoo.spec(entry.model, **entry.overrides)
         dtype = jnp.dtype(entry.dtype)
+        fields = {} if mesh is None else kernels.model_fields(config.compute, mesh, entry.model, frozen=False)
         students[name] = Student(
-            module=zoo.build(entry.model, dtype=dtype, remat=entry.remat, **entry.overrides),
+            module=zoo.build(entry.model, **{**fields, "dtype": dtype, "remat": entry.remat, **entry.overrides}),
             adapters=AdapterBank(
                 config.adapter.hidden_dim, {t: teacher.out_dims for t, teacher in teachers.items()},
                 config.adapter.eps, dtype,
@@ -201,16 +242,17 @@ def make_students(config: ConfigDict, teachers: Mapping[str, Teacher]) -> dict[s
     return students
 
 
+def fresh_state(config: ConfigDict, students: Mapping[str, Student]) -> dict:
+    """{"step": int32 [], "students": {name: what `Student.init` gives}}, before any `init_from`. To be jitted."""
+    key, side = jax.random.key(config.seed), config.student_resolutions[0]
+    # every student starts from the same key: a family trains like its members alone
+    fresh = {name: student.init(key, side) for name, student in students.items()}
+    return {"step": jnp.zeros((), jnp.int32), "students": fresh}
+
+
 def init_state(config: ConfigDict, students: Mapping[str, Student], mesh: Mesh) -> dict:
     """The state at step 0, created straight in its shardings, with `init_from` applied."""
-    side = config.student_resolutions[0]
-    key = jax.random.key(config.seed)
-
-    def init() -> dict:
-        # every student starts from the same key: a family trains like its members alone
-        fresh = {name: student.init(key, side) for name, student in students.items()}
-        return {"step": jnp.zeros((), jnp.int32), "students": fresh}
-
+    init = functools.partial(fresh_state, config, students)
     state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()
     for name, entry in config.students.items():
         if entry.init_from:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eupe_jax.distill import resolutions
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import assemble, pipeline
+from eupe_jax.training import assemble, pipeline, program
 from eupe_jax.training.checkpoints import Checkpoints
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics
 from eupe_jax.training.optimizer import make_schedule
@@ -66,7 +66,7 @@ def train(
     statistics_arrays = {name: s.arrays() for name, s in statistics.items()}
 
     # ---- who learns, from where
-    students = assemble.make_students(config, teachers.by_name)
+    students = assemble.make_students(config, teachers.by_name, mesh)
     state = assemble.init_state(config, students, mesh)
     saver = Checkpoints(workdir, config.checkpoint)
     if saver.latest_step is not None:
@@ -79,15 +79,7 @@ def train(
     batches = data.batches(teachers.hosts, mesh, start_step=start)
 
     # ---- the step, once for every combination of resolutions
-    state_shardings = shardings(state, mesh)
-    steps = {
-        chosen: jax.jit(
-            pipeline.make_step(config, students, teachers, chosen),
-            donate_argnums=0,
-            out_shardings=(state_shardings, None),
-        )
-        for chosen in resolutions.every(config.student_resolutions, pipeline.teacher_sizes(config))
-    }
+    steps = program.make_steps(config, students, teachers.by_name, mesh, shardings(state, mesh))
     schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
 
     if main_process:
@@ -103,7 +95,8 @@ def train(
         if not scalars:  # logged just before a save
             return
         writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
-        bar.set_postfix({k.removesuffix("/loss"): v for k, v in scalars.items() if k.endswith("/loss")})
+        losses = {name: scalars.get(f"{name}/loss") for name in students}
+        bar.set_postfix({name: value for name, value in losses.items() if value is not None})
 
     def evaluate(due: Sequence[Eval], step: int) -> None:
         for each in due:
@@ -152,9 +145,11 @@ def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:
     return [each for each in evals if step % each.every == 0 or step == total_steps]
 
 
-# Fields that do not change what is computed: a resumed run may differ in them.
+# Fields that change what is computed by rounding at most: a resumed run may differ in them. The GELU of teachers is
+# none of them: it moves the targets.
 FREE_FIELDS = (
     "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
+    "accumulate", "compute.attention", "compute.async_collectives",
 )  # fmt: skip
 
 

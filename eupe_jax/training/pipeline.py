@@ -18,6 +18,7 @@ from eupe_jax.distill import resolutions
 from eupe_jax.distill.host_teachers import HostTeacher
 from eupe_jax.distill.step import Loss, Student
 from eupe_jax.distill.step import make_step as make_distillation_step
+from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding
 from eupe_jax.training.assemble import Teachers, check_sides
@@ -29,13 +30,18 @@ def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.resolutions) for name, entry in config.teachers.items()}
 
 
+def every_pair(config: ConfigDict) -> list[resolutions.Resolutions]:
+    """Every choice of resolutions that a step of this config may draw."""
+    return resolutions.every(config.student_resolutions, teacher_sizes(config))
+
+
 def check_config(config: ConfigDict) -> None:
     """What can be seen to be wrong before anything is loaded.
 
     Raises:
       ValueError: names the field and the fix.
     """
-    for field in ("total_steps", "batch_size", "log_every"):
+    for field in ("total_steps", "batch_size", "accumulate", "log_every"):
         if config[field] < 1:
             raise ValueError(f"{field} must be at least 1, got {config[field]}")
     if config.checkpoint.save_every < 1:
@@ -47,6 +53,12 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"{field} must list at least one positive size, got {tuple(sizes)}")
     for name, entry in config.students.items():
         check_sides(f"students.{name}", zoo.spec(entry.model, **entry.overrides), config.student_resolutions)
+    pairs = [str(pair) for pair in every_pair(config)]
+    for name, factor in config.loss.pair_scale.items():
+        if factor != 1 and name not in pairs:
+            raise ValueError(f"loss.pair_scale.{name} is no pair of resolutions of this run; its pairs: {pairs}")
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"loss.pair_scale.{name} must be a positive number, got {factor}")
     if not config.data.sources:
         raise ValueError("data.sources is empty: a run needs images")
 
@@ -176,32 +188,44 @@ def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *,
     return Data(config).batches(hosts, mesh, start_step=start_step)
 
 
-def device_augment(config: ConfigDict, hosts: Mapping[str, HostTeacher]) -> Callable | None:
-    """`augment(step, images)` for the jitted step; None where the batch brings augmented pixels."""
-    if hosts or config.data.feature_cache:
+def device_augment(config: ConfigDict, teachers: Mapping[str, Teacher]) -> Callable | None:
+    """`augment(step, images, positions)` for the jitted step; None where the batch brings augmented pixels, as it does
+    with the features of host teachers and of a cache."""
+    if any(teacher.is_host for teacher in teachers.values()):
         return None
     settings = AugmentConfig.from_dict(config.augment)
 
-    def run(step: jax.Array, images_BxSxSx3: jax.Array) -> jax.Array:
-        keys = sample_keys(jax.random.key(config.seed), step, jnp.arange(images_BxSxSx3.shape[0]))
-        return augment(keys, images_BxSxSx3, settings)
+    def run(step: jax.Array, images_BxSxSx3: jax.Array, positions_B: jax.Array) -> jax.Array:
+        return augment(sample_keys(jax.random.key(config.seed), step, positions_B), images_BxSxSx3, settings)
 
     return run
 
 
 def make_step(
-    config: ConfigDict, students: Mapping[str, Student], teachers: Teachers, chosen: resolutions.Resolutions
+    config: ConfigDict,
+    students: Mapping[str, Student],
+    teachers: Mapping[str, Teacher],
+    chosen: resolutions.Resolutions,
+    mesh: Mesh | None = None,
 ) -> Callable:
     """The distillation step of this config for one choice of resolutions."""
-    loss = Loss(config.loss.patch_cosine, config.loss.patch_smooth_l1, config.loss.smooth_l1_beta)
+    loss = Loss(
+        config.loss.patch_cosine,
+        config.loss.patch_smooth_l1,
+        config.loss.smooth_l1_beta,
+        tuple(config.loss.pair_scale.items()),
+    )
     return make_distillation_step(
         students,
-        teachers.by_name,
+        teachers,
         chosen,
         loss,
         seed=config.seed,
-        augment=device_augment(config, teachers.hosts),
+        augment=device_augment(config, teachers),
         shuffle_targets=config.loss.shuffle_targets,
+        accumulate=config.accumulate,
+        per_pair=len(every_pair(config)) > 1,
+        mesh=mesh,
     )
 
 
@@ -210,13 +234,13 @@ class TeacherForward:
 
     def __init__(self, config: ConfigDict, teachers: Teachers) -> None:
         self._config, self._teachers = config, teachers
-        self._augment = device_augment(config, teachers.hosts)
+        self._augment = device_augment(config, teachers.by_name)
         self._run = jax.jit(self._forward, static_argnums=3)
 
     def _forward(self, step: jax.Array, batch: Mapping, variables: Mapping, chosen: resolutions.Resolutions) -> dict:
         images = batch["image"].astype(jnp.float32) / 255.0
         if self._augment is not None:
-            images = self._augment(step, images)
+            images = self._augment(step, images, jnp.arange(len(images)))
         sides = dict(chosen.teachers)
         return {
             name: teacher.targets(batch["features"][name])
