@@ -1,20 +1,26 @@
 """Measures the frozen statistics of a recipe's teachers (EUPE §3.3), once, before training:
 
 python launch/measure_statistics.py --config=configs/stage2_vitb.py --out=gs://BUCKET/stage2/statistics
+
+On several hosts, start it on each of them with --distributed (docs/pods.md).
 """
 
 from absl import flags
 
+from eupe_jax.training import distributed
 from eupe_jax.training.measure import measure_statistics
-from launch import cli
+from launch import cli, processes
 
 CONFIG = cli.define_config()
 OUT = flags.DEFINE_string("out", None, "folder for TEACHER.safetensors files")
 
 
 def main() -> None:
-    config = cli.require(CONFIG, "config")
-    for name, statistics in measure_statistics(config, cli.require(OUT, "out")).items():
+    config, out = cli.require(CONFIG, "config"), cli.require(OUT, "out")
+    processes.join()
+    for name, statistics in measure_statistics(config, out).items():
+        if not distributed.is_main():
+            continue
         for kind in statistics.mean:
             mean, std = statistics.mean[kind], statistics.std[kind]
             print(

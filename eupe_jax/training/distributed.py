@@ -1,7 +1,10 @@
 """Several processes of one run: joining them, and which part of a batch each of them makes."""
 
 import logging
+import os
 import re
+import sys
+import threading
 from collections.abc import Mapping
 
 import jax
@@ -10,65 +13,75 @@ from jax.sharding import Sharding
 
 LOGGER = logging.getLogger(__name__)
 
-TIMEOUT = 300  # seconds to wait for the other processes
+TIMEOUT = 300  # seconds to wait for the others at the start
+LEAVING = 60  # seconds that a process which ends with an error waits for the others, which do not know
 
 
-def join(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    timeout: int = TIMEOUT,
-) -> None:
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the processes of a run with `jax.distributed`, before anything asks JAX for devices.
 
-    Without arguments JAX finds them by itself: on TPU pods and slices of them, on GKE, under Slurm and Open MPI. With
-    other launchers every process is told all three: `coordinator` ("HOST:PORT" of process 0), how many there are, and
-    its own number.
+    Without arguments JAX finds them by itself: on TPU pods and several slices of them, on GKE, under Slurm and Open
+    MPI. With other launchers every process is told all three: `coordinator` ("HOST:PORT" of process 0), how many there
+    are, and its own number. Processes that do not come together within TIMEOUT seconds end with status 2 and say so:
+    JAX itself would abort them.
 
     Raises:
       ValueError: arguments that do not fit together, or none where nothing can be found.
-      ConnectionError: the others did not come within `timeout` seconds.
+      ConnectionError: this process cannot take part, as when the coordinator's port is in use.
     """
-    explicit = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
-    given = {flag: value for flag, value in explicit.items() if value is not None}
-    if given:
-        _check(explicit, given)
-        arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    else:
-        arguments = {}
+    told = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    check_arguments(told)
+    where = f"at {coordinator}" if coordinator else "of this cluster"
+    alarm = threading.Timer(TIMEOUT, _give_up, [where])
+    alarm.daemon = True
+    alarm.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            initialization_timeout=TIMEOUT + 60,
+            shutdown_timeout_seconds=LEAVING,
+        )
     except ValueError as error:  # "coordinator_address should be defined", and the like
         raise ValueError(
-            f"--distributed found no cluster here ({_line(error)}): on TPU pods, GKE, Slurm and Open MPI it finds the "
-            "processes by itself; elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+            f"--distributed finds no cluster here ({_first_line(error)}), as it does on TPU pods, GKE, Slurm and Open "
+            "MPI: give --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from error
     except RuntimeError as error:
-        if "must be called before" in str(error):
-            raise
-        raise ConnectionError(
-            f"the processes of this run did not come together within {timeout} s ({_line(error)}): start all of them, "
-            f"with a coordinator that each can reach{f' ({coordinator})' if coordinator else ''}"
-        ) from error
-    LOGGER.info("process %d of %d", jax.process_index(), jax.process_count())
+        raise ConnectionError(f"cannot join the processes {where}: {_first_line(error)}") from error
+    finally:
+        alarm.cancel()
+    LOGGER.info("%d processes %s", jax.process_count(), where)
 
 
-def _check(explicit: Mapping, given: Mapping) -> None:
-    if missing := sorted(set(explicit) - set(given)):
-        given = ", ".join(sorted(given))
-        raise ValueError(f"{given} without {', '.join(missing)}: give all three, or --distributed alone")
-    if not re.fullmatch(r".+:\d+", coordinator := explicit["--coordinator"]):
-        raise ValueError(f"--coordinator={coordinator!r} must be HOST:PORT, of the machine of process 0")
-    if not 0 <= explicit["--process_id"] < explicit["--num_processes"]:
-        raise ValueError(
-            f"--process_id={explicit['--process_id']} is not one of the {explicit['--num_processes']} processes, which "
-            "are numbered from 0"
-        )
+def check_arguments(told: Mapping[str, str | int | None]) -> None:
+    """Raises ValueError unless all or none of the three flags are given, and they make sense together."""
+    given = [flag for flag, value in told.items() if value is not None]
+    missing = [flag for flag, value in told.items() if value is None]
+    if not given:
+        return
+    if missing:
+        raise ValueError(f"{', '.join(given)} without {', '.join(missing)}: give all three, or --distributed alone")
+    coordinator, count, number = told.values()
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, of the machine that process 0 runs on")
+    if not 0 <= number < count:
+        raise ValueError(f"--process_id={number} must be less than --num_processes={count}: they are numbered from 0")
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _give_up(where: str) -> None:
+    print(
+        f"error: the processes {where} did not all come within {TIMEOUT} s: start every one, and see that the "
+        "coordinator can be reached from all machines",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)  # the call that waits cannot be interrupted
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def is_main() -> bool:

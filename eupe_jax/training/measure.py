@@ -1,12 +1,13 @@
 """Measuring the frozen statistics of a run's teachers (EUPE §3.3: 500 iterations before training)."""
 
 from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from eupe_jax.distill.normalization import Accumulator, Statistics
 from eupe_jax.sharding.mesh import make_mesh
-from eupe_jax.training import assemble, pipeline
+from eupe_jax.training import assemble, distributed, pipeline
 
 
 def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Statistics]:
@@ -26,7 +27,8 @@ def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Sta
     accumulators = {name: Accumulator() for name in teachers.by_name}
     forward = pipeline.TeacherForward(config, teachers)
     batches = pipeline.batches(config, teachers.hosts, mesh, start_step=0)
-    for step in tqdm(range(config.statistics_steps), desc="statistics", unit="batch"):
+    silent = not distributed.is_main()
+    for step in tqdm(range(config.statistics_steps), desc="statistics", unit="batch", disable=silent):
         for name, tokens in forward(step, next(batches)).items():
             accumulators[name].add(tokens)
     batches.close()
@@ -34,6 +36,8 @@ def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Sta
         name: accumulators[name].finish(assemble.provenance(config, name, teacher))
         for name, teacher in teachers.by_name.items()
     }
-    for name, value in statistics.items():
-        value.save(out / f"{name}.safetensors")
+    if distributed.is_main():
+        for name, value in statistics.items():
+            value.save(out / f"{name}.safetensors")
+    sync_global_devices("statistics written")  # the others may read them at once
     return statistics

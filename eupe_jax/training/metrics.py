@@ -37,38 +37,64 @@ class RunningMetrics:
 
 
 class MetricWriter:
-    """Writes scalars to `workdir/tensorboard` and `workdir/metrics.jsonl`; silent where `enabled` is False.
+    """Writes scalars to `workdir/tensorboard` and, as JSON lines, to a file beside it; silent where `enabled` is False.
+
+    What was computed stands in metrics.jsonl: a run that was stopped and resumed has the same lines as one that never
+    stopped. How fast it went stands in timings.jsonl, which no two runs have alike.
+    """
+
+    def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
+        self._metrics = self._timings = self._events = None
+        if enabled:
+            self._metrics = _Lines(workdir / "metrics.jsonl", resume_step)
+            self._timings = _Lines(workdir / "timings.jsonl", resume_step)
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """What was computed."""
+        self._write(self._metrics, step, scalars)
+
+    def write_timings(self, step: int, scalars: dict[str, float]) -> None:
+        """How long it took."""
+        self._write(self._timings, step, scalars)
+
+    def _write(self, lines: "_Lines | None", step: int, scalars: dict[str, float]) -> None:
+        if lines is None or not scalars or not lines.append({"step": step, **scalars}):
+            return
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for each in (self._metrics, self._timings, self._events):
+            if each is not None:
+                each.close()
+
+
+class _Lines:
+    """A file of JSON lines, one a step.
 
     Resuming cuts lines from the step on that a stopped run had already written past its last checkpoint; what is
     written again at that very step, as an evaluation that is run again does, stands there once.
     """
 
-    def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
-        self._events = self._lines = None
-        self._there: list[dict] = []
-        if not enabled:
-            return
-        path = workdir / "metrics.jsonl"
+    def __init__(self, path: epath.Path, resume_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         self._there = [line for line in kept if line["step"] == resume_step]
-        partial = workdir / ".metrics.jsonl.partial"
+        partial = path.parent / f".{path.name}.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
-        self._lines = path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._file = path.open("a")
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        if self._lines is None or not scalars or {"step": step, **scalars} in self._there:
-            return
-        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._lines.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+    def append(self, line: dict) -> bool:
+        """Whether the line was new."""
+        if line in self._there:
+            return False
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        return True
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._events.close()
+        self._file.close()
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:
