@@ -1,0 +1,439 @@
+"""Step time of a compiled TPU program that never ran: FLOPs, bytes, cycles and transfers read off its optimized HLO.
+
+Two estimates of every operation: a *roofline* (the larger of FLOPs over peak and HBM bytes over bandwidth), and the
+*compiler's*: its own `estimated_cycles` over the clock, never under the roofline. Both are predictions.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from eupe_jax.planning import collectives as collectives_lib
+from eupe_jax.planning.collectives import Collective
+from eupe_jax.planning.hlo import Computation, HloError, Instruction, Module, Shape, parse, trip_count
+from eupe_jax.planning.kernel_calls import is_kernel, kernel_flops, kernel_key, kernel_name
+from eupe_jax.planning.timeline import Done, Loop, Outcome, Run, Start, simulate
+from eupe_jax.sharding.chips import Chip
+
+UNKNOWN_FACTOR = 2.0  # on the roofline of an operation for which the compiler gives no cycles
+UNKNOWN_KERNEL_FACTOR = 4.0  # the same, for a Pallas kernel whose schedule nobody counted
+
+ASSUMPTIONS = (
+    "FLOPs are those of matrix products and convolutions (2 per multiply-add) as compiled, at the chip's bfloat16 peak;"
+    " products in higher precision are 3 or 6 passes.",
+    "Bytes are what operations move from and to HBM, with the padding of tiles; what lies in VMEM moves none. A fusion"
+    " that slices a stacked array reads the slice, one that updates it writes the update.",
+    "Roofline: the larger of both, operation by operation. Compiler: its own cycle estimate over the clock, never less"
+    f" than the roofline; without one (small scalar work), {UNKNOWN_FACTOR:g} x the roofline.",
+    "Pallas kernels: bundles of the compiler's static schedule x iterations, one cycle a bundle, or the roofline of"
+    f" what they read and write if that is longer; a kernel without a schedule counts {UNKNOWN_KERNEL_FACTOR:g} x.",
+    "Copies between HBM and VMEM that start early run beside operations at the full HBM bandwidth; the program waits"
+    " where it needs them. Of a conditional's branches the longest is taken.",
+    "No time for launching a step, for waiting on input, or for thermal and power limits.",
+    *collectives_lib.ASSUMPTIONS,
+)
+
+_FREE = frozenset(
+    """parameter get-tuple-element tuple bitcast constant after-all add-dependency partition-id replica-id
+    opt-barrier""".split()
+)
+_LAYOUT = ("copy", "transpose", "reshape", "pad", "concatenate", "slice", "dynamic-slice", "dynamic-update-slice")
+_NO_WORK = ("ConcatBitcast", "AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding",
+            "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndicesInBound")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One instruction of the schedule, of one run; `trips` runs make a step.
+
+    Attributes:
+      kind: "matmul" (any product or convolution), "kernel" (Pallas), "layout" (copies and the like), "other".
+      path: loops it lies in: "12x/50x".
+      flops, passes: multiply-adds x 2; passes over the matrix unit that the precision takes.
+      cycles: the compiler's, or counted bundles; None where there are none.
+      roofline_seconds, compiler_seconds: of one run.
+    """
+
+    name: str
+    op_name: str
+    kind: str
+    path: str
+    trips: int
+    flops: int
+    hbm_bytes: float
+    cycles: float | None
+    roofline_seconds: float
+    compiler_seconds: float
+    opcode: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of one step on one device.
+
+    Attributes:
+      flops: of matrix products, convolutions and Pallas kernels, recomputation included.
+      hbm_bytes: moved by operations, early copies and collectives.
+      roofline_seconds, compiler_seconds: sums over operations.
+      exposed_seconds: what collectives add to the conservative of the two steps; `roofline_exposed_seconds` to the
+        other; `copy_seconds`: what waiting for copies adds to the conservative one.
+      roofline_step_seconds, compiler_step_seconds: with all waiting.
+      step_seconds: the longer of the two.
+      uncounted: operations for which the compiler gives no cycles; `uncounted_seconds` of compiler_seconds are theirs.
+    """
+
+    operations: tuple[Operation, ...]
+    collectives: tuple[Collective, ...]
+    flops: int
+    hbm_bytes: float
+    roofline_seconds: float
+    compiler_seconds: float
+    exposed_seconds: float
+    roofline_exposed_seconds: float
+    copy_seconds: float
+    roofline_step_seconds: float
+    compiler_step_seconds: float
+    uncounted: tuple[str, ...]
+    uncounted_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.roofline_step_seconds, self.compiler_step_seconds)
+
+
+def estimate(
+    hlo_text: str,
+    chip: Chip,
+    *,
+    kernels: Mapping[str, float] | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> Estimate:
+    """Costs of the program `compiled.as_text()` on `chip`.
+
+    Args:
+      kernels: cycles of one call of each Pallas kernel by `kernel_calls.kernel_key` (`kernel_cycles.cycles_of`).
+      mesh: axes of the mesh within one slice in order, to name the axes of collectives.
+
+    Raises:
+      HloError: a program that cannot be counted (a loop without constant bounds).
+    """
+    walk = _Walk(parse(hlo_text), chip, kernels or {}, mesh or {})
+    steps = walk.schedule(walk.module.entry, 1, ())
+    compiler = simulate(steps, lambda operation: operation.compiler_seconds)
+    roofline = simulate(steps, lambda operation: operation.roofline_seconds)
+    total = functools.partial(_total, walk.operations)
+    slower = max(compiler, roofline, key=lambda outcome: outcome.seconds)
+    uncounted = [o for o in walk.operations if o.cycles is None and o.compiler_seconds]
+    return Estimate(
+        operations=tuple(walk.operations),
+        collectives=tuple(
+            replace(c, exposed_seconds=slower.exposed.get(number, 0.0)) for number, c in enumerate(walk.collectives)
+        ),
+        flops=round(total("flops")),
+        hbm_bytes=total("hbm_bytes") + walk.transfer_bytes,
+        roofline_seconds=total("roofline_seconds"),
+        compiler_seconds=total("compiler_seconds"),
+        exposed_seconds=_exposed(slower),
+        roofline_exposed_seconds=_exposed(roofline),
+        copy_seconds=slower.exposed.get("copy", 0.0),
+        roofline_step_seconds=roofline.seconds,
+        compiler_step_seconds=compiler.seconds,
+        uncounted=tuple(o.name for o in uncounted),
+        uncounted_seconds=sum(o.compiler_seconds * o.trips for o in uncounted),
+    )
+
+
+def _total(operations: list[Operation], field: str) -> float:
+    return sum(getattr(operation, field) * operation.trips for operation in operations)
+
+
+def _exposed(outcome: Outcome) -> float:
+    return sum(seconds for name, seconds in outcome.exposed.items() if name != "copy")
+
+
+class _Walk:
+    """Turns computations into steps of a schedule, collecting operations and collectives on the way."""
+
+    def __init__(self, module: Module, chip: Chip, kernels: Mapping[str, float], mesh: Mapping[str, int]):
+        self.module, self.chip, self.kernels, self.mesh = module, chip, kernels, mesh
+        self.operations: list[Operation] = []
+        self.collectives: list[Collective] = []
+        self.transfer_bytes = 0.0
+
+    def schedule(self, where: Computation, trips: int, path: tuple[str, ...]) -> list:
+        """Steps of one run of a computation that runs `trips` times a step."""
+        steps: list = []
+        for instruction in where.instructions.values():
+            if instruction.opcode in _FREE:
+                continue
+            steps.extend(self._steps(where, instruction, trips, path))
+        return steps
+
+    def _steps(self, where: Computation, instruction: Instruction, trips: int, path: tuple[str, ...]) -> Iterator:
+        opcode = instruction.opcode
+        if opcode == "while":
+            count = trip_count(self.module, where, instruction)
+            body = self.module.computations[instruction.loop()[1]]
+            yield Loop(self.schedule(body, trips * count, (*path, f"{count}x")), count)
+        elif opcode in ("call", "conditional"):
+            yield from self._branch(instruction, trips, path)
+        elif event := collectives_lib.event(self.module, where, instruction, self.chip):
+            yield from self._collective(where, instruction, event, trips, path)
+        elif opcode in ("copy-start", "slice-start"):
+            yield Start(instruction.name, "copy", self._copied(instruction, trips) / self.chip.hbm_bandwidth)
+        elif opcode.endswith("-done"):
+            yield Done(instruction.operands[0])
+        elif opcode not in ("recv", "send") and instruction.target not in _NO_WORK:
+            yield self._operation(where, instruction, trips, path)
+
+    def _branch(self, instruction: Instruction, trips: int, path: tuple[str, ...]) -> list:
+        """Steps of a call, or of the longest branch of a conditional."""
+        choices = []
+        for name in instruction.called():
+            branch = _Walk(self.module, self.chip, self.kernels, self.mesh)
+            steps = branch.schedule(self.module.computations[name], trips, path)
+            choices.append((simulate(steps, lambda o: o.compiler_seconds).seconds, len(choices), branch, steps))
+        if not choices:
+            raise HloError(f"{instruction.opcode} {instruction.name!r} of the compiled program calls nothing known")
+        _, _, branch, steps = max(choices, key=lambda choice: choice[:2])
+        shift = len(self.collectives)
+        self.operations += branch.operations
+        self.collectives += branch.collectives
+        self.transfer_bytes += branch.transfer_bytes
+        return _renumbered(steps, shift)
+
+    def _collective(self, where, instruction, event, trips: int, path) -> Iterator:
+        if event.what == "done":
+            yield Done(event.key)
+            return
+        if event.what == "step":
+            yield self._operation(where, instruction, trips, path)
+            return
+        c = event.collective
+        axes = collectives_lib.mesh_axes(c.group, self.mesh) if self.mesh and c.network == "ici" else ()
+        number = len(self.collectives)
+        self.collectives.append(replace(c, trips=trips, path="/".join(path), axes=axes))
+        moved = sum(shape.hbm_bytes() for shape in where.operand_shapes(instruction))
+        written = instruction.shapes if event.what == "sync" else instruction.shapes[1:2]
+        self.transfer_bytes += trips * (moved + sum(shape.hbm_bytes() for shape in written))
+        yield Start(event.key, c.network, c.run_seconds, number)
+        if event.what == "sync":
+            yield Done(event.key)
+
+    def _copied(self, instruction: Instruction, trips: int) -> float:
+        """HBM bytes of one early copy: what it writes, and as much read, of which one side is VMEM."""
+        arrays = [shape for shape in instruction.shapes if shape.dims]
+        if instruction.opcode == "slice-start":  # (whole array, slice, ...)
+            moved, sides = arrays[1], arrays[:2]
+        else:
+            moved, sides = arrays[0], arrays[:2]
+        in_hbm = replace(moved, space=0).hbm_bytes()
+        bytes_ = in_hbm * sum(side.space == 0 for side in sides)
+        self.transfer_bytes += trips * bytes_
+        return bytes_
+
+    def _operation(self, where: Computation, instruction: Instruction, trips: int, path: tuple[str, ...]) -> Run:
+        flops, passes = _flops(self.module, where, instruction)
+        moved = _hbm_bytes(self.module, where, instruction)
+        cycles, kind, factor = instruction.cycles, _kind(instruction, flops), UNKNOWN_FACTOR
+        if kind == "kernel":
+            cycles, factor = self.kernels.get(kernel_key(instruction)), UNKNOWN_KERNEL_FACTOR
+        roofline = max(flops * passes / self.chip.peak_flops, moved / self.chip.hbm_bandwidth)
+        compiler = roofline * factor if cycles is None else max(roofline, cycles / self.chip.clock_hz)
+        operation = Operation(
+            kernel_name(instruction) if kind == "kernel" else instruction.name,
+            instruction.op_name, kind, "/".join(path), trips, flops, moved, cycles, roofline, compiler,
+            instruction.opcode,
+        )  # fmt: skip
+        self.operations.append(operation)
+        return Run(operation)
+
+
+def _renumbered(steps: list, shift: int) -> list:
+    """Steps of another walk, with the numbers of its collectives as they are in this one."""
+    out = []
+    for step in steps:
+        if isinstance(step, Start) and step.item is not None:
+            step = replace(step, item=step.item + shift)
+        elif isinstance(step, Loop):
+            step = Loop(_renumbered(step.body, shift), step.trips)
+        out.append(step)
+    return out
+
+
+def _kind(instruction: Instruction, flops: int) -> str:
+    if is_kernel(instruction):
+        return "kernel"
+    if flops:
+        return "matmul"
+    name = instruction.name.split(".")[0].removesuffix("_fusion")
+    return "layout" if instruction.opcode in _LAYOUT or name.replace("_", "-") in _LAYOUT else "other"
+
+
+# ---- FLOPs
+
+
+def _flops(module: Module, where: Computation, instruction: Instruction) -> tuple[int, float]:
+    """(FLOPs of all products in an instruction, passes over the matrix unit that they take on average)."""
+    if is_kernel(instruction):
+        return kernel_flops(instruction), 1.0
+    flops, work = 0, 0
+    for product, inner in _products(module, where, instruction):
+        count = _dot_flops(product, inner) if product.opcode == "dot" else _convolution_flops(product, inner)
+        flops += count
+        work += count * _passes(product, inner)
+    return flops, work / flops if flops else 1.0
+
+
+def _products(module: Module, where: Computation, instruction: Instruction) -> Iterator:
+    if instruction.opcode in ("dot", "convolution"):
+        yield instruction, where
+    elif instruction.opcode == "fusion" and instruction.calls:
+        inner = module.computations[instruction.calls]
+        for part in inner.instructions.values():
+            yield from _products(module, inner, part)
+
+
+def _passes(product: Instruction, where: Computation) -> int:
+    if all(shape.dtype != "f32" for shape in where.operand_shapes(product)):
+        return 1
+    precision = re.search(r"operand_precision=\{(\w+)", product.attributes)
+    return {"highest": 6, "high": 3}.get(precision[1] if precision else "", 1)
+
+
+def _dot_flops(product: Instruction, where: Computation) -> int:
+    left = where.instructions[product.operands[0]].shapes[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
+    sizes = (left.dims[int(axis)] for axis in contracted[1].split(",") if axis) if contracted else ()
+    return 2 * product.shapes[0].elements * math.prod(sizes)
+
+
+def _convolution_flops(product: Instruction, where: Computation) -> int:
+    """Multiply-adds x 2 over the positions of the window that meet the input (batched products are dilated ones)."""
+    left, right = (where.instructions[name].shapes[0].dims for name in product.operands[:2])
+    out = product.shapes[0].dims
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", product.attributes)
+    if not labels:
+        raise HloError(f"convolution {product.name!r} of the compiled program names no dimensions")
+    of_left, of_right, of_out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", product.attributes)
+    window = dict(part.split("=") for part in window[1].split()) if window else {}
+    count = 2 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+    for axis in (c for c in of_out if c.isdigit()):
+        number = int(axis)
+
+        def along(key: str, default: str, number: int = number) -> str:
+            return window[key].split("x")[number] if key in window else default
+
+        count *= _positions(
+            left[of_left.index(axis)],
+            right[of_right.index(axis)],
+            out[of_out.index(axis)],
+            int(along("stride", "1")),
+            int(along("pad", "0_0").split("_")[0]),
+            int(along("lhs_dilate", "1")),
+            int(along("rhs_dilate", "1")),
+        )
+    return count
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(size: int, window: int, out: int, stride: int, pad: int, dilate: int, window_dilate: int) -> int:
+    """Pairs (output, tap of the window) that fall on an element of the input, along one axis."""
+    starts = np.arange(out, dtype=np.int64) * stride - pad
+    pairs = 0
+    for tap in range(window):
+        place = starts + tap * window_dilate
+        pairs += int(np.count_nonzero((place >= 0) & (place % dilate == 0) & (place // dilate < size)))
+    return pairs
+
+
+# ---- bytes
+
+
+def _hbm_bytes(module: Module, where: Computation, instruction: Instruction) -> float:
+    """Bytes that one run moves from and to HBM."""
+    opcode = instruction.opcode
+    if opcode == "fusion" and instruction.calls:
+        return _fusion_bytes(module, where, instruction)
+    if opcode in ("slice", "dynamic-slice", "gather"):
+        source = where.instructions[instruction.operands[0]].shapes[0]
+        out = instruction.shapes[0]
+        return _slice_bytes(source, out) + out.hbm_bytes()
+    if opcode in ("dynamic-update-slice", "scatter"):
+        update = where.instructions[instruction.operands[1 if opcode == "dynamic-update-slice" else -1]].shapes[0]
+        return update.hbm_bytes() + _slice_bytes(instruction.shapes[0], update)
+    read = sum(shape.hbm_bytes() for shape in where.operand_shapes(instruction))
+    return read + sum(shape.hbm_bytes() for shape in instruction.shapes)
+
+
+def _slice_bytes(source: Shape, part: Shape) -> float:
+    """HBM bytes of the part of `source` that has the sizes of `part`."""
+    return min(source.hbm_bytes(), source.resized(part.dims).hbm_bytes() or replace(part, space=source.space).hbm_bytes())
+
+
+def _fusion_bytes(module: Module, where: Computation, fusion: Instruction) -> float:
+    inner = module.computations[fusion.calls]
+    total = 0.0
+    read: dict[str, float] = {}
+    for number, name in enumerate(fusion.operands):
+        source = where.instructions[name].shapes
+        if len(source) == 1:
+            bytes_ = _read_bytes(module, inner, inner.parameter(number), source[0])
+        else:
+            bytes_ = sum(shape.hbm_bytes() for shape in source)
+        read[name] = max(read.get(name, 0.0), bytes_)
+    total = sum(read.values())
+    roots = [inner.root] if inner.root.opcode != "tuple" else [inner.instructions[n] for n in inner.root.operands]
+    if len(roots) != len(fusion.shapes):
+        return total + sum(shape.hbm_bytes() for shape in fusion.shapes)
+    return total + sum(_written_bytes(module, inner, r, s) for r, s in zip(roots, fusion.shapes, strict=True))
+
+
+_TRANSPARENT = ("bitcast", "reshape")
+_CARRIED = (*collectives_lib.KINDS, "custom-call", "tuple")
+
+
+def _read_bytes(module: Module, where: Computation, value: Instruction, source: Shape) -> float:
+    """HBM bytes read of an operand of a fusion, by how it is used inside."""
+    full = source.hbm_bytes()
+    if not full or value.root:  # a root hands it on whole
+        return full
+    total = 0.0
+    for user in where.users(value.name):
+        if user.opcode in _TRANSPARENT:
+            part = _read_bytes(module, where, user, source)
+        elif user.opcode in ("dynamic-slice", "slice") and user.operands[0] == value.name:
+            part = _slice_bytes(source, user.shapes[0])
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            part = 0.0  # updated in place
+        elif user.opcode in _CARRIED:
+            part = 0.0  # a collective that goes on inside the fusion; its bytes are counted with it
+        elif user.opcode == "fusion" and user.calls:
+            inner = module.computations[user.calls]
+            numbers = [n for n, name in enumerate(user.operands) if name == value.name]
+            part = max(_read_bytes(module, inner, inner.parameter(n), source) for n in numbers)
+        else:
+            return full
+        total += part
+        if total >= full:
+            return full
+    return total
+
+
+def _written_bytes(module: Module, where: Computation, value: Instruction, out: Shape) -> float:
+    """HBM bytes written of a result of a fusion: of an update in place, only the update."""
+    while value.opcode in _TRANSPARENT and value.operands:
+        value = where.instructions[value.operands[0]]
+    if value.opcode in ("parameter", *collectives_lib.KINDS):
+        return 0.0
+    if value.opcode == "dynamic-update-slice":
+        return _slice_bytes(out, where.instructions[value.operands[1]].shapes[0])
+    if value.opcode == "fusion" and value.calls and len(value.shapes) == 1:
+        inner = module.computations[value.calls]
+        return _written_bytes(module, inner, inner.root, out)
+    return out.hbm_bytes()
