@@ -1,0 +1,76 @@
+"""Which (student, teacher) resolutions are compiled, and the step time of those that are not."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from eupe_jax.distill.resolutions import Resolutions, every
+from eupe_jax.training.model_flops import StepFlops
+from eupe_jax.training.pipeline import teacher_sizes
+
+FEW = 3  # up to so many pairs are all compiled
+
+
+def every_pair(config: ConfigDict) -> list[Resolutions]:
+    return every(config.student_resolutions, teacher_sizes(config))
+
+
+def choose(config: ConfigDict, wanted: Sequence[str] = ()) -> list[Resolutions]:
+    """The pairs to compile: those `wanted` as "STUDENT:TEACHER" sides in pixels, "all"; by default all where there are
+    few, else the smallest, the largest, and the smallest student with the largest teacher.
+
+    A teacher with one resolution keeps it, whatever TEACHER says.
+
+    Raises:
+      ValueError: not two numbers, or no pair of this config.
+    """
+    pairs = every_pair(config)
+    if list(wanted) == ["all"] or (not wanted and len(pairs) <= FEW):
+        return pairs
+    if not wanted:
+        students, teachers = config.student_resolutions, [s for sides in teacher_sizes(config).values() for s in sides]
+        corners = (min(students), min(teachers)), (max(students), max(teachers)), (min(students), max(teachers))
+        return [pair for student, side in corners if (pair := _find(config, pairs, student, side))]
+    return [_parse(config, pairs, text) for text in wanted]
+
+
+def _parse(config: ConfigDict, pairs: Sequence[Resolutions], text: str) -> Resolutions:
+    student, _, teacher = text.partition(":")
+    found = _find(config, pairs, int(student), int(teacher)) if student.isdigit() and teacher.isdigit() else None
+    if found is None:
+        known = ", ".join(dict.fromkeys(label(pair) for pair in pairs))
+        raise ValueError(f"--pairs={text}: this config has the pairs {known}")
+    return found
+
+
+def _find(config: ConfigDict, pairs: Sequence[Resolutions], student: int, side: int) -> Resolutions | None:
+    free = {name for name, sides in teacher_sizes(config).items() if len(sides) > 1}
+    for pair in pairs:
+        sides = {s for name, s in pair.teachers if name in free} or {s for _, s in pair.teachers}
+        if pair.student == student and (sides == {side} or (not free and side in sides)):
+            return pair
+    return None
+
+
+def label(pair: Resolutions) -> str:
+    """ "256:512", student first; several teachers' sides as "256:448+256"."""
+    return f"{pair.student}:{'+'.join(str(side) for side in dict.fromkeys(side for _, side in pair.teachers))}"
+
+
+def fit_seconds(known: Mapping[Resolutions, float], work: Mapping[Resolutions, StepFlops]) -> dict[Resolutions, float]:
+    """Step times of every pair in `work` from those of the `known` ones.
+
+    Seconds are taken to be c + a x (teachers' FLOPs) + b x (trained FLOPs), through all known pairs where these fix the
+    three figures and none is negative; else to be in proportion to model FLOPs, at the mean rate of the known.
+    """
+
+    def terms(pair: Resolutions) -> list[float]:
+        return [1.0, sum(work[pair].teachers.values()) / 1e12, work[pair].trained / 1e12]
+
+    rate = sum(known.values()) / sum(work[pair].per_image for pair in known)
+    rows = np.array([terms(pair) for pair in known])
+    solution, _, rank, _ = np.linalg.lstsq(rows, np.array(list(known.values())), rcond=None)
+    affine = rank == 3 and solution.min() >= 0
+    seconds = {p: float(np.dot(terms(p), solution)) if affine else rate * work[p].per_image for p in work}
+    return seconds | dict(known)
