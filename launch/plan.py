@@ -20,7 +20,7 @@ from pathlib import Path  # noqa: E402
 from absl import flags  # noqa: E402
 
 from eupe_jax.planning import pairs, report, sweep  # noqa: E402
-from eupe_jax.planning.compiling import write_atomically  # noqa: E402
+from eupe_jax.planning.compiling import default_cache, write_atomically  # noqa: E402
 from eupe_jax.planning.plan import check, make_plan  # noqa: E402
 from launch import cli  # noqa: E402
 
@@ -47,7 +47,7 @@ def main() -> None:
     topology = cli.require(TOPOLOGY, "topology")
     name = flags.FLAGS["config"].config_filename
     chosen = pairs.choose(config, PAIRS.value)
-    cache = Path(CACHE.value or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eupe_jax" / "plans")
+    cache = Path(CACHE.value) if CACHE.value else default_cache()
     check(config, topology, SLICES.value)
     if SWEEP.value:
         _sweep(config, name, topology, chosen, cache)

@@ -120,6 +120,11 @@ def compile_step(request: Request) -> Compiled:
     return _keep(request.cache, result, text)
 
 
+def default_cache() -> Path:
+    """Where compiled steps are kept unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eupe_jax" / "plans"
+
+
 def _keep(cache: Path, result: Compiled, text: str | None) -> Compiled:
     cache.mkdir(parents=True, exist_ok=True)
     if text is not None:
