@@ -180,7 +180,9 @@ def _between_slices(where: Computation, instruction: Instruction, chip: Chip) ->
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     kind = _MEGASCALE.get(transfer[1] if transfer else "")
     if kind is None:
-        raise HloError(f"transfer {instruction.name!r} between slices is of a kind unknown here: {transfer and transfer[1]}")
+        raise HloError(
+            f"transfer {instruction.name!r} between slices is of a kind unknown here: {transfer and transfer[1]}"
+        )
     slices = _slices(instruction)
     payload = instruction.shapes[0]
     whole = payload.bytes * (slices if kind == "all-gather" else 1)
@@ -220,7 +222,8 @@ def replica_group(attributes: str, partitions: int) -> tuple[int, ...]:
         groups = _numbers(match[1])
         return tuple(int(d) for d in _iota(match[2], match[3]).reshape(groups[0], -1)[0])
     if match := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}",
+        attributes,
     ):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         sizes = list(axes.values())
@@ -230,6 +233,11 @@ def replica_group(attributes: str, partitions: int) -> tuple[int, ...]:
     if re.search(r"source_target_pairs=", attributes):
         return (0, 1)
     return tuple(range(partitions))
+
+
+_MESH_GROUP = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -373,7 +373,9 @@ def _hbm_bytes(module: Module, where: Computation, instruction: Instruction) -> 
 
 def _slice_bytes(source: Shape, part: Shape) -> float:
     """HBM bytes of the part of `source` that has the sizes of `part`."""
-    return min(source.hbm_bytes(), source.resized(part.dims).hbm_bytes() or replace(part, space=source.space).hbm_bytes())
+    if len(part.dims) == len(source.dims):
+        part = replace(source, dims=part.dims)  # in the layout of the whole
+    return min(source.hbm_bytes(), replace(part, space=source.space).hbm_bytes())
 
 
 def _fusion_bytes(module: Module, where: Computation, fusion: Instruction) -> float:

@@ -65,10 +65,6 @@ class Shape:
         """Bytes that a pass over it moves from or to HBM: 0 for what lies in VMEM."""
         return self.padded_bytes() if self.space == 0 else 0.0
 
-    def resized(self, dims: tuple[int, ...]) -> "Shape":
-        """A slice of this array, in its layout."""
-        return Shape(self.dtype, dims, self.order, self.tile, self.space) if len(dims) == len(self.dims) else self
-
 
 @functools.cache
 def element_bytes(dtype: str) -> float:
