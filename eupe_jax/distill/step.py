@@ -19,6 +19,7 @@ from eupe_jax.distill.losses import cosine_loss, patch_losses
 from eupe_jax.distill.normalization import normalize_tokens
 from eupe_jax.distill.resolutions import Resolutions
 from eupe_jax.distill.teachers import Teacher, view
+from eupe_jax.sharding.activations import pinned
 from eupe_jax.sharding.mesh import BATCH_AXES
 from eupe_jax.sharding.rules import shardings
 
@@ -151,6 +152,7 @@ def make_step(
             targets = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), targets)
         return targets
 
+    @pinned(mesh)
     def step(state: dict, batch: Mapping, teacher_variables: Mapping, statistics: Mapping) -> tuple[dict, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         # The same key for every student: a student of a family trains exactly as it would alone.

@@ -1,11 +1,29 @@
-"""Which parameter is cut where: ordered (regex, tactic) rules over the parameter's path, the first match wins."""
+"""Which parameter is cut where: ordered (regex, tactic) rules over the parameter's path, the first match wins.
 
+Tactics, for a kernel of [..., inputs, outputs] (stacked layers and the window of a convolution come first, and are
+never cut: a loop over layers would gather them all):
+
+    fsdp       one axis over `fsdp`; devices gather it where it is used
+    column     outputs over `tensor`, each device computing its own; the other axis over `fsdp`
+    row        inputs over `tensor`, which the outputs are summed over; the other axis over `fsdp`
+    stored     one axis over `fsdp` and `tensor` together: cut in memory only, gathered where it is used
+    replicate  whole on every device
+
+What an axis is cut into must be whole tiles. A TPU keeps matrices in tiles of 8 rows and puts the cut axis on rows; a
+shard of 12 rows is padded to 16 on the network, and taking the padding out again is a chain of copies and permutes
+between neighbours (compiled for v5e, v5p and v6e: a reduce-scatter of 12-row shards over 128 chips brings 32 permutes).
+A kernel without such an axis stays whole. Shards of whole lanes (128) are preferred where there is a choice.
+
+An axis over every chip of a slice is another trap, which no rule here can avoid: on whole tori the compiler makes each
+all-gather an all-reduce of the whole weight, whatever the shards. Leave `data` at least two in each slice.
+"""
+
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str, str]]
@@ -13,11 +31,17 @@ Rules = Sequence[tuple[str, str]]
 # Matmul kernels carry nearly all bytes; norms, biases, gains and tokens stay whole (cutting them only adds latency).
 # The optimiser's moments have the same paths behind a prefix, so one set of rules places both.
 RULES: Rules = (
+    (r"/dwconv/kernel$", "replicate"),
+    (r"/(fc1|w1|w2|pwconv1)/kernel$", "column"),
+    (r"/(proj|fc2|w3|pwconv2)/kernel$", "row"),
+    (r"/qkv/kernel$", "stored"),
     (r"/kernel$", "fsdp"),
     (r".*", "replicate"),
 )
+TACTICS = ("fsdp", "column", "row", "stored", "replicate")
 
-MIN_SHARD_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
+MIN_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
+TILE, LANES = 8, 128
 
 
 def path_name(path: tuple) -> str:
@@ -25,13 +49,26 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def _fsdp_spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
-    """Cuts the largest axis that divides evenly; ties go to the later axis (outputs before inputs and layers)."""
-    fits = [axis for axis, size in enumerate(shape) if size % shards == 0 and size >= shards]
-    if shards == 1 or not fits or np.prod(shape) < MIN_SHARD_ELEMENTS:
+def _cut(shape: tuple[int, ...], tactic: str, sizes: dict[str, int]) -> PartitionSpec:
+    """The spec of an array of at least two axes under one of the tactics that cut."""
+    cut: list[tuple[str, ...]] = [()] * len(shape)
+    inputs, outputs = len(shape) - 2, len(shape) - 1
+    fixed = {"column": outputs, "row": inputs}.get(tactic)
+    if fixed is not None and sizes["tensor"] > 1 and shape[fixed] % (sizes["tensor"] * TILE) == 0:
+        cut[fixed] = ("tensor",)
+    over = ("fsdp", "tensor") if tactic == "stored" else ("fsdp",)
+    axis = _best_axis(shape, [a for a in (inputs, outputs) if not cut[a]], math.prod(sizes[name] for name in over))
+    if axis is not None:
+        cut[axis] = tuple(name for name in over if sizes[name] > 1)
+    if not any(cut):
         return PartitionSpec()
-    axis = max(fits, key=lambda a: (shape[a], a))
-    return PartitionSpec(*("fsdp" if a == axis else None for a in range(len(shape))))
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in cut))
+
+
+def _best_axis(shape: tuple[int, ...], axes: Sequence[int], shards: int) -> int | None:
+    """The axis that makes whole lanes, else the largest; ties go to the later. None where none makes whole tiles."""
+    fits = [axis for axis in axes if shards > 1 and shape[axis] % (shards * TILE) == 0]
+    return max(fits, key=lambda a: (shape[a] // shards % LANES == 0, shape[a], a), default=None)
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
@@ -42,11 +79,12 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
     """
     for pattern, tactic in rules:
         if re.search(pattern, name):
-            if tactic == "fsdp":
-                return _fsdp_spec(shape, mesh.shape["fsdp"])
-            if tactic == "replicate":
+            if tactic not in TACTICS:
+                known = ", ".join(TACTICS)
+                raise ValueError(f"sharding rule {pattern!r} names an unknown tactic {tactic!r}: use one of {known}")
+            if tactic == "replicate" or len(shape) < 2 or math.prod(shape) < MIN_ELEMENTS:
                 return PartitionSpec()
-            raise ValueError(f"sharding rule {pattern!r} names an unknown tactic {tactic!r}: use 'fsdp' or 'replicate'")
+            return _cut(shape, tactic, dict(mesh.shape))
     raise ValueError(f"no sharding rule matches {name!r}: end the rules with ('.*', 'replicate')")
 
 
