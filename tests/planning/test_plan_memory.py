@@ -17,8 +17,8 @@ BEFORE_ASSIGNMENT = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (24.45G) exceeds"
     " available HBM (15.75G)."
 )
-ASSIGNED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 30.50G of \
-15.75G hbm. Exceeded hbm capacity by 14.75G.
+ASSIGNED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 30.50G of 15.75G hbm. Exceeded hbm capacity by 14.75G.
 
 Total hbm usage >= 31.00G:
     reserved        258.00M
@@ -35,7 +35,8 @@ Total hbm usage >= 31.00G:
      Shape: f32[32,261,768]{2,1,0:T(8,128)}
 """
 BOTH_CORES = (
-    "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 134.50G, SparseCore Hbm usage 1.00M, exceeding available bytes: 95.74G"
+    "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 134.50G, SparseCore Hbm usage 1.00M, "
+    "exceeding available bytes: 95.74G"
 )
 
 
