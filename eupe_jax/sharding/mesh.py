@@ -32,7 +32,7 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, *, slices: int = 0, devices: Seque
     for field, size, room in (("tensor", tensor, inside), ("fsdp", fsdp, inside // max(tensor, 1))):
         if size < 1 or room % size:
             left = f", of which tensor={tensor} leaves {room}" if field == "fsdp" and tensor > 1 else ""
-            fit = _nearest_divisors(size, room)
+            fit = nearest_divisors(size, room)
             raise ValueError(f"mesh.{field}={size} does not divide {each}{left}: set --config.mesh.{field} to {fit}")
     shape = (inside // (fsdp * tensor), fsdp, tensor)
     return Mesh(np.concatenate([_arrange(piece, shape) for piece in pieces]), AXES)
@@ -54,7 +54,7 @@ def _slices(devices: list, slices: int) -> list[list]:
     if slices < 1 or len(devices) % slices:
         raise ValueError(
             f"mesh.slices={slices} does not divide the {len(devices)} device(s) of this run: set --config.mesh.slices "
-            f"to {_nearest_divisors(slices, len(devices))}"
+            f"to {nearest_divisors(slices, len(devices))}"
         )
     size = len(devices) // slices
     return [devices[start : start + size] for start in range(0, len(devices), size)]
@@ -67,7 +67,7 @@ def _arrange(devices: list, shape: tuple[int, ...]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _nearest_divisors(wanted: int, total: int) -> str:
+def nearest_divisors(wanted: int, total: int) -> str:
     """ "4 or 8": the divisors of `total` below and above `wanted`."""
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     below, above = [n for n in divisors if n < wanted][-1:], [n for n in divisors if n > wanted][:1]

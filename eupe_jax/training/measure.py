@@ -1,5 +1,6 @@
 """Measuring the frozen statistics of a run's teachers (EUPE §3.3: 500 iterations before training)."""
 
+import jax
 from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 from ml_collections import ConfigDict
@@ -8,6 +9,7 @@ from tqdm import tqdm
 from eupe_jax.distill.normalization import Accumulator, Statistics
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.training import assemble, distributed, pipeline
+from eupe_jax.training.mesh_check import check_mesh
 
 
 def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Statistics]:
@@ -23,6 +25,7 @@ def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Sta
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(**config.mesh)
+    check_mesh(config, mesh, jax.process_count())
     teachers = assemble.load_teachers(config, mesh)
     accumulators = {name: Accumulator() for name in teachers.by_name}
     forward = pipeline.TeacherForward(config, teachers)
