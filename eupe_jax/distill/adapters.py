@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eupe_jax.models.layers import exact_gelu
+
 
 class Adapter(nn.Module):
     """Linear(no bias) -> LayerNorm -> exact GELU -> Linear(no bias): [..., D] -> [..., out_dim].
@@ -23,7 +25,7 @@ class Adapter(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         x = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         x = nn.LayerNorm(epsilon=self.eps, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
-        x = nn.gelu(x, approximate=False).astype(self.dtype)
+        x = exact_gelu(x).astype(self.dtype)
         x = nn.Dense(self.out_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="fc2")(x)
         return x.astype(jnp.float32)
 
