@@ -6,7 +6,8 @@ never cut: a loop over layers would gather them all):
     fsdp       one axis over `fsdp`; devices gather it where it is used
     column     outputs over `tensor`, each device computing its own; the other axis over `fsdp`
     row        inputs over `tensor`, which the outputs are summed over; the other axis over `fsdp`
-    stored     one axis over `fsdp` and `tensor` together: cut in memory only, gathered where it is used
+    inputs     inputs over `fsdp` and `tensor` together, gathered where it is used: for kernels whose columns a step
+               puts into another order, which would travel between devices if they were cut
     replicate  whole on every device
 
 What an axis is cut into must be whole tiles. A TPU keeps matrices in tiles of 8 rows and puts the cut axis on rows; a
@@ -34,11 +35,11 @@ RULES: Rules = (
     (r"/dwconv/kernel$", "replicate"),
     (r"/(fc1|w1|w2|pwconv1)/kernel$", "column"),
     (r"/(proj|fc2|w3|pwconv2)/kernel$", "row"),
-    (r"/qkv/kernel$", "stored"),
+    (r"/qkv/kernel$", "inputs"),
     (r"/kernel$", "fsdp"),
     (r".*", "replicate"),
 )
-TACTICS = ("fsdp", "column", "row", "stored", "replicate")
+TACTICS = ("fsdp", "column", "row", "inputs", "replicate")
 
 MIN_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
 TILE, LANES = 8, 128
@@ -56,8 +57,9 @@ def _cut(shape: tuple[int, ...], tactic: str, sizes: dict[str, int]) -> Partitio
     fixed = {"column": outputs, "row": inputs}.get(tactic)
     if fixed is not None and sizes["tensor"] > 1 and shape[fixed] % (sizes["tensor"] * TILE) == 0:
         cut[fixed] = ("tensor",)
-    over = ("fsdp", "tensor") if tactic == "stored" else ("fsdp",)
-    axis = _best_axis(shape, [a for a in (inputs, outputs) if not cut[a]], math.prod(sizes[name] for name in over))
+    over = ("fsdp", "tensor") if tactic == "inputs" else ("fsdp",)
+    axes = [inputs] if tactic == "inputs" else [a for a in (inputs, outputs) if not cut[a]]
+    axis = _best_axis(shape, axes, math.prod(sizes[name] for name in over))
     if axis is not None:
         cut[axis] = tuple(name for name in over if sizes[name] > 1)
     if not any(cut):

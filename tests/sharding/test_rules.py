@@ -40,7 +40,7 @@ def test_tensor_cuts_outputs_then_inputs():
     assert spec_for("params/blocks/mlp/fc2/kernel", (12, 2048, 512), mesh) == P(None, "tensor", "fsdp")
     assert spec_for("params/blocks/attn/proj/kernel", (12, 512, 512), mesh) == P(None, "tensor", "fsdp")
     assert spec_for("params/adapters/proxy_cls/fc1/kernel", (512, 3072), mesh) == P("fsdp", "tensor")
-    assert spec_for("params/blocks/attn/qkv/kernel", (12, 512, 1536), mesh) == P(None, None, ("fsdp", "tensor"))
+    assert spec_for("params/blocks/attn/qkv/kernel", (12, 512, 1536), mesh) == P(None, ("fsdp", "tensor"), None)
     # outputs that a tensor group cannot share evenly are cut by fsdp alone
     assert spec_for("params/head/fc1/kernel", (512, 1000), mesh) == P("fsdp", None)
 
