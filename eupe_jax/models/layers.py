@@ -175,8 +175,8 @@ class Attention(nn.Module):
 def exact_gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution function of x, in float32.
 
-    By erf, as PyTorch does it: erfc, which `jax.nn.gelu` takes, splits into cases, and in a layer of 9000 channels a TPU
-    spends as long on these as on the matrix product before.
+    By erf, as PyTorch does it: erfc, which `jax.nn.gelu` takes, splits into cases, and in a wide layer a TPU spends as
+    long on these as on the matrix product before.
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
