@@ -18,6 +18,16 @@ from eupe_jax.models import zoo
 
 MODES = ("", "runlocal")
 
+# The six students of the paper, as configs and checkpoints call them.
+FAMILY = {
+    "vitt": "eupe_vitt16",
+    "vits": "eupe_vits16",
+    "vitb": "eupe_vitb16",
+    "convnext_tiny": "eupe_convnext_tiny",
+    "convnext_small": "eupe_convnext_small",
+    "convnext_base": "eupe_convnext_base",
+}
+
 
 def base() -> ConfigDict:
     """Fields common to all stages. Recipes set the ones left at zero or empty."""

@@ -7,16 +7,19 @@ Ours: AdamW (.9, .999), clipping at 3, 2,000 warm-up steps, RoPE coordinate resc
 student factories). Whether the code behind the paper scaled its base rate is not known: see `optimizer.lr_scaling`.
 """
 
+from collections.abc import Mapping
+
 from ml_collections import ConfigDict
 
 from configs import common
 
 
-def base(name: str, model: str, mode: str) -> ConfigDict:
+def base(models: Mapping[str, str], mode: str) -> ConfigDict:
+    """The recipe of these students, {name: zoo model}; one forward pass of the proxy serves them all."""
     config = common.base()
     config.total_steps = 390_000
     config.batch_size = 8192
-    config.students[name] = common.student(model)
+    config.students = ConfigDict({name: common.student(model) for name, model in models.items()})
     config.teachers.proxy = common.encoder_teacher("eupe_proxy", (256,))
     config.student_resolutions = (256,)
     config.adapter.hidden_dim = 3072

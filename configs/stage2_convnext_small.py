@@ -15,4 +15,4 @@ from configs import stage2_base
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    return stage2_base.base("convnext_small", "eupe_convnext_small", mode)
+    return stage2_base.base({"convnext_small": "eupe_convnext_small"}, mode)

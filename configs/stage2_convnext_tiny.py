@@ -15,4 +15,4 @@ from configs import stage2_base
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    return stage2_base.base("convnext_tiny", "eupe_convnext_tiny", mode)
+    return stage2_base.base({"convnext_tiny": "eupe_convnext_tiny"}, mode)

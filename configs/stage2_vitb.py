@@ -13,4 +13,4 @@ from configs import stage2_base
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    return stage2_base.base("vitb", "eupe_vitb16", mode)
+    return stage2_base.base({"vitb": "eupe_vitb16"}, mode)

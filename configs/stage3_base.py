@@ -7,6 +7,8 @@ Ours: weight decay as in stage 2, cosine as in stage 2, 500 warm-up steps, stage
 trained on them), adapters carried over, fresh optimiser.
 """
 
+from collections.abc import Mapping
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -14,11 +16,12 @@ from configs import common
 PYRAMID = (256, 384, 512)
 
 
-def base(name: str, model: str, mode: str) -> ConfigDict:
+def base(models: Mapping[str, str], mode: str) -> ConfigDict:
+    """The recipe of these students, {name: zoo model}; one forward pass of the proxy serves them all."""
     config = common.base()
     config.total_steps = 100_000
     config.batch_size = 4096
-    config.students[name] = common.student(model)
+    config.students = ConfigDict({name: common.student(model) for name, model in models.items()})
     config.teachers.proxy = common.encoder_teacher("eupe_proxy", PYRAMID)
     config.student_resolutions = PYRAMID
     config.adapter.hidden_dim = 3072

@@ -14,4 +14,4 @@ from configs import stage3_base
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    return stage3_base.base("vitt", "eupe_vitt16", mode)
+    return stage3_base.base({"vitt": "eupe_vitt16"}, mode)

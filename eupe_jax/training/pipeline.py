@@ -21,6 +21,7 @@ from eupe_jax.distill.step import make_step as make_distillation_step
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding
+from eupe_jax.training import kernels
 from eupe_jax.training.assemble import Teachers, check_sides
 from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.distributed import local_positions
@@ -51,6 +52,7 @@ def check_config(config: ConfigDict) -> None:
     for field, sizes in sides.items():
         if not sizes or min(sizes) < 1:
             raise ValueError(f"{field} must list at least one positive size, got {tuple(sizes)}")
+    kernels.check(config.compute)
     for name, entry in config.students.items():
         check_sides(f"students.{name}", zoo.spec(entry.model, **entry.overrides), config.student_resolutions)
     pairs = [str(pair) for pair in every_pair(config)]

@@ -34,13 +34,18 @@ def count(tree):
 
 
 def abstract_student(config):
-    teachers = assemble.describe_teachers(config)
-    ((name, student),) = assemble.make_students(config, teachers).items()
-    shapes = jax.eval_shape(lambda: student.init(jax.random.key(0), config.student_resolutions[0]))
-    return config.students[name].model, shapes
+    ((model, shapes),) = abstract_students(config)
+    return model, shapes
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.startswith("stage1")])
+def abstract_students(config):
+    students = assemble.make_students(config, assemble.describe_teachers(config))
+    side = config.student_resolutions[0]
+    for name, student in students.items():
+        yield config.students[name].model, jax.eval_shape(lambda s=student: s.init(jax.random.key(0), side))
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.startswith("stage1") and "family" not in r])
 def test_student_and_adapter_parameters(recipe):
     model, shapes = abstract_student(load(recipe))
     assert count(shapes["params"]["backbone"]) == BACKBONES[model]
@@ -82,15 +87,26 @@ def test_figures_of_the_paper(stage):
     assert (config.loss.patch_cosine, config.loss.patch_smooth_l1) == (0.9, 0.1)
 
 
-def test_there_are_thirteen_recipes():
-    assert len(RECIPES) == 13
+def test_there_are_fifteen_recipes():
+    assert len(RECIPES) == 15
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("mode", ["", "runlocal"])
+def test_a_family_is_its_members(stage, mode):
+    family = load(f"stage{stage}_family", mode).to_dict()
+    assert {entry["model"] for entry in family["students"].values()} == set(BACKBONES)
+    for name, entry in family["students"].items():
+        alone = load(f"stage{stage}_{name}", mode).to_dict()
+        assert alone.pop("students") == {name: entry}
+        assert alone == {k: v for k, v in family.items() if k != "students"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_runlocal_is_small_and_complete(recipe):
     config = load(recipe, "runlocal")
-    _, shapes = abstract_student(config)
-    assert count(shapes["params"]) < 200_000
+    for _, shapes in abstract_students(config):
+        assert count(shapes["params"]) < 200_000
     assert config.is_locked
 
 
