@@ -91,6 +91,19 @@ def test_fsdp_gathers_scatters_and_sums():
         }
 
 
+@pytest.mark.parametrize("chip, fsdp", [("v5p", 2), ("v6e", 4)])
+def test_collectives_that_were_asked_to_hide_are_overlapped(chip, fsdp):
+    """The compiler hides the gather of the backward pass; nothing covers the one that the forward pass waits for."""
+    assert summary(f"fsdp_gradient_hidden_{chip}") == {
+        ("all-gather", "ici", False): [(2 * WEIGHT, fsdp, 6)],
+        ("all-gather", "ici", True): [(2 * WEIGHT, fsdp, 6)],
+        ("reduce-scatter", "ici", False): [(2 * WEIGHT, fsdp, 6)],
+        ("all-reduce", "ici", False): [(2 * WEIGHT / fsdp, 2, 6)],
+    }
+    hidden, plain = costs(f"fsdp_gradient_hidden_{chip}"), costs(f"fsdp_gradient_{chip}")
+    assert hidden.exposed_seconds < plain.exposed_seconds
+
+
 def test_one_of_each_kind():
     """The compiler pads what it scatters to whole tiles and puts the pieces right with a small permutation."""
     found = summary("explicit_collectives_v5e")
