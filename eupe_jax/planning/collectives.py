@@ -25,7 +25,8 @@ LONGEST_RING = 16  # a slice is a torus: many devices are reached along several 
 
 ASSUMPTIONS = (
     "A collective is a ring along one axis of the torus, both directions at once: (g-1)/g of its bytes over the axis's"
-    " bandwidth (all-reduce: twice), plus 1 microsecond a hop for half the ring, 8 hops at most.",
+    " bandwidth (all-reduce: twice; all-to-all: each piece over every link on its way; a permutation: one direction),"
+    " plus 1 microsecond a hop for half the ring, 8 hops at most.",
     "Between slices: the same ring over each device's share of its host's network, plus 0.1 ms a transfer.",
     "Collectives of one network run one after another; one hides behind the operations between its start and its"
     " done and costs what is left. What the compiler leaves synchronous is exposed whole.",
@@ -155,11 +156,19 @@ def _collective(module, inner: Computation, part: Instruction, outer: Instructio
 
 
 def ring_seconds(kind: str, bytes_: float, group: int, bandwidth: float) -> float:
-    """Seconds that a ring of `group` devices needs to move a payload of `bytes_`, by its bandwidth alone."""
+    """Seconds that a ring of `group` devices needs to move a payload of `bytes_`, by its bandwidth alone.
+
+    bandwidth: bytes a second of a device's two links together.
+    """
     if group < 2:
         return 0.0
-    share = 1.0 if kind in ("collective-permute", "collective-broadcast") else (group - 1) / group
-    return (2 if kind == "all-reduce" else 1) * share * bytes_ / bandwidth
+    if kind == "all-to-all":  # every piece goes the shorter way round and takes up each link on it
+        share = sum(min(distance, group - distance) for distance in range(1, group)) / group
+    elif kind in ("collective-permute", "collective-broadcast"):
+        share = 2.0  # one way only
+    else:
+        share = (2 if kind == "all-reduce" else 1) * (group - 1) / group
+    return share * bytes_ / bandwidth
 
 
 # ---- between slices

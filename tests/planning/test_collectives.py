@@ -61,7 +61,10 @@ def test_seconds_of_a_ring():
     assert ring_seconds("all-gather", 8e9, 8, 1e9) == pytest.approx(7.0)
     assert ring_seconds("reduce-scatter", 8e9, 8, 1e9) == pytest.approx(7.0)
     assert ring_seconds("all-reduce", 8e9, 8, 1e9) == pytest.approx(14.0)
-    assert ring_seconds("collective-permute", 8e9, 8, 1e9) == pytest.approx(8.0)
+    # Eight pieces of 1 GB over 0, 1, 2, 3, 4, 3, 2 and 1 links of 0.5 GB/s, two at a device.
+    assert ring_seconds("all-to-all", 8e9, 8, 1e9) == pytest.approx(16.0)
+    assert ring_seconds("all-to-all", 8e9, 2, 1e9) == pytest.approx(4.0)
+    assert ring_seconds("collective-permute", 8e9, 8, 1e9) == pytest.approx(16.0)  # one of the two links
     assert ring_seconds("all-gather", 8e9, 1, 1e9) == 0.0
 
 
