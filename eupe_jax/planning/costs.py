@@ -180,7 +180,7 @@ class _Walk:
             yield from self._branch(instruction, trips, path)
         elif event := collectives_lib.event(self.module, where, instruction, self.chip):
             yield from self._collective(where, instruction, event, trips, path)
-        elif opcode in ("copy-start", "slice-start"):
+        elif opcode.endswith("-start") and opcode != "async-start":
             yield Start(instruction.name, "copy", self._copied(instruction, trips) / self.chip.hbm_bandwidth)
         elif opcode.endswith("-done"):
             yield Done(instruction.operands[0])
@@ -223,13 +223,11 @@ class _Walk:
 
     def _copied(self, instruction: Instruction, trips: int) -> float:
         """HBM bytes of one early copy: what it writes, and as much read, of which one side is VMEM."""
-        arrays = [shape for shape in instruction.shapes if shape.dims]
-        if instruction.opcode == "slice-start":  # (whole array, slice, ...)
-            moved, sides = arrays[1], arrays[:2]
-        else:
-            moved, sides = arrays[0], arrays[:2]
-        in_hbm = replace(moved, space=0).hbm_bytes()
-        bytes_ = in_hbm * sum(side.space == 0 for side in sides)
+        arrays = [shape for shape in instruction.shapes if shape.dims][:2]
+        if not arrays:
+            return 0.0
+        moved = replace(min(arrays, key=lambda shape: shape.elements), space=0)  # of an array and its slice, the slice
+        bytes_ = moved.hbm_bytes() * sum(side.space == 0 for side in arrays)
         self.transfer_bytes += trips * bytes_
         return bytes_
 

@@ -30,7 +30,7 @@ def flops(module: Module, where: Computation, instruction: Instruction) -> tuple
 def _products(module: Module, where: Computation, instruction: Instruction) -> Iterator:
     if instruction.opcode in ("dot", "convolution"):
         yield instruction, where
-    elif instruction.opcode == "fusion" and instruction.calls:
+    elif instruction.opcode in ("fusion", "async-start") and instruction.calls:
         inner = module.computations[instruction.calls]
         for part in inner.instructions.values():
             yield from _products(module, inner, part)

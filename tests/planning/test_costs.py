@@ -153,6 +153,36 @@ def test_assumptions_are_sentences():
     assert len(ASSUMPTIONS) >= 8 and all(sentence.endswith(".") for sentence in ASSUMPTIONS)
 
 
+BY_HAND = """HloModule by_hand, is_scheduled=true
+
+%apart (a: bf16[64,128], b: bf16[128,256]) -> bf16[64,256] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[128,256]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %d = bf16[64,256]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[64,128], w: bf16[12,128,256], i: s32[]) -> bf16[64,256] {
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[12,128,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %early = ((bf16[12,128,256]{2,1,0:T(8,128)(2,1)}), bf16[1,128,256]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)})
+    slice-start(%w), slice={[3:4], [0:128], [0:256]}
+  %slice = bf16[1,128,256]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%early)
+  %w1 = bf16[128,256]{1,0:T(8,128)(2,1)S(1)} bitcast(%slice)
+  %begin = ((bf16[64,128]{1,0}, bf16[128,256]{1,0}), bf16[64,256]{1,0}, u32[]) async-start(%x, %w1), calls=%apart
+  ROOT %end = bf16[64,256]{1,0:T(8,128)(2,1)} async-done(%begin)
+}
+"""
+
+
+def test_products_in_asynchronous_computations_and_early_slices_count():
+    estimated = estimate(BY_HAND, V5E)
+    assert estimated.flops == 2 * 64 * 128 * 256
+    early = 2 * 128 * 256 / V5E.hbm_bandwidth
+    assert estimated.copy_seconds == pytest.approx(early)
+    (product,) = estimated.operations
+    assert estimated.compiler_step_seconds == pytest.approx(early + product.compiler_seconds)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu: pip install eupe_jax[tpu]"
 )
