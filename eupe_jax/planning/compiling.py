@@ -92,7 +92,7 @@ def compile_step(request: Request) -> Compiled:
     """
     config, start = request.config, time.monotonic()
     devices = topology(request.topology, request.slices)
-    mesh = make_mesh(config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices, devices=devices)
+    mesh = make_mesh(**config.mesh, devices=devices)
     run = program.abstract_run(config, mesh)
     steps = program.make_steps(config, run.students, run.teachers, mesh, run.state_shardings)
     trace = steps[request.chosen].trace(*run.arguments)

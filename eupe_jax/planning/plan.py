@@ -16,16 +16,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from eupe_jax.distill.resolutions import Resolutions
-from eupe_jax.planning import background, compiling, costs, memory, pairs
+from eupe_jax.models import zoo
+from eupe_jax.planning import background, compiling, costs, kernel_cycles, memory, pairs, traced
 from eupe_jax.planning.collectives import Collective, whole_weight_all_reduces
 from eupe_jax.planning.compiling import Compiled, Request
+from eupe_jax.planning.xla_count import block_ratio
 from eupe_jax.sharding.chips import Chip, chip_of, topology
 from eupe_jax.sharding.mesh import data_shards, make_mesh
 from eupe_jax.training import pipeline, program
-from eupe_jax.training.model_flops import step_flops
+from eupe_jax.training.mesh_check import check_mesh
+from eupe_jax.training.model_flops import StepFlops, step_flops
 
 FREE_WANTED = 0.10  # of the HBM
 FLOPS_TOLERANCE = 0.01  # between the compiled program and the trace: compilers drop and merge small products
+FORWARD_TOLERANCE = 0.001  # between the trace and the count from the architecture
+XLA_RANGE = (0.999, 1.05)  # XLA's count of a block over ours: it counts norms and activations too
+WIDE = 128  # in narrower models (smoke tests) these weigh more
 OPERATIONS_KEPT = 24
 
 ASSUMPTIONS = (
@@ -59,11 +65,51 @@ def plan_pair(request: Request) -> dict[str, Any]:
         "model_flops": work.per_image * request.config.batch_size,
         "model_flops_per_image": dataclasses.asdict(work) | {"per_image": work.per_image},
         "executed_flops_per_device": compiled.executed,
+        "xla_block_ratio": xla_ratios(request),
+        "problems": _miscounts(request, compiled, work, len(devices)),
         **_memory(compiled, chip),
     }
+    result["problems"] += _xla_problems(request.config, result["xla_block_ratio"])
     if compiled.out_of_memory is None:
-        result |= _costs(request, compiled, chip, len(devices))
+        timed = _costs(request, compiled, chip, devices)
+        result |= timed | {"problems": result["problems"] + timed["problems"]}
     return result
+
+
+def xla_ratios(request: Request) -> dict[str, float]:
+    """{"students.NAME" or "teachers.NAME": XLA's FLOPs of one block over ours} of every model that runs in the step."""
+    config, sides = request.config, dict(request.chosen.teachers)
+    found = {f"students.{k}": block_ratio(entry, request.chosen.student) for k, entry in config.students.items()}
+    for name, entry in config.teachers.items():
+        if entry.kind == "encoder":
+            found[f"teachers.{name}"] = block_ratio(entry, sides[name])
+    return found
+
+
+def _xla_problems(config: ConfigDict, ratios: dict[str, float]) -> list[str]:
+    problems = []
+    for name, ratio in ratios.items():
+        group, _, key = name.partition(".")
+        entry = config[group][key]
+        narrow = zoo.spec(entry.model, **entry.overrides).patch_dim < WIDE
+        if ratio < XLA_RANGE[0] or (ratio > XLA_RANGE[1] and not narrow):
+            problems.append(f"XLA counts {ratio:.3f} x our FLOPs of a block of {name}")
+    return problems
+
+
+def _miscounts(request: Request, compiled: Compiled, work: StepFlops, devices: int) -> list[str]:
+    """Forward passes that the trace counts otherwise than the architecture says."""
+    images = request.config.batch_size / devices
+    wanted = {
+        traced.TEACHERS: sum(work.teachers.values()) * images,
+        traced.STUDENTS: sum(work.students.values()) * images,
+        traced.ADAPTERS: sum(work.adapters.values()) * images,
+    }
+    return [
+        f"{term}: {compiled.executed.get(term, 0):.6g} FLOPs a device in the trace, {flops:.6g} by the architecture"
+        for term, flops in wanted.items()
+        if abs(compiled.executed.get(term, 0) - flops) > FORWARD_TOLERANCE * flops
+    ]
 
 
 def _memory(compiled: Compiled, chip: Chip) -> dict[str, Any]:
@@ -79,14 +125,11 @@ def _memory(compiled: Compiled, chip: Chip) -> dict[str, Any]:
     }
 
 
-def _costs(request: Request, compiled: Compiled, chip: Chip, devices: int) -> dict[str, Any]:
+def _costs(request: Request, compiled: Compiled, chip: Chip, devices: list) -> dict[str, Any]:
     text = compiled.read_text()
-    mesh = make_mesh(
-        request.config.mesh.fsdp, request.config.mesh.tensor, slices=request.config.mesh.slices,
-        devices=topology(request.topology, request.slices),
-    )  # fmt: skip
+    mesh = make_mesh(**request.config.mesh, devices=devices)
     within = {axis: size // request.slices if axis == "data" else size for axis, size in mesh.shape.items()}
-    found = costs.estimate(text, chip, kernels=_cycles(text, chip, request.topology), mesh=within)
+    found = costs.estimate(text, chip, kernels=kernel_cycles.cycles_of(text, chip, request.topology), mesh=within)
     executed = sum(compiled.executed.values())
     difference = found.flops / executed - 1
     work = step_flops(request.config, request.chosen).per_image * request.config.batch_size
@@ -109,21 +152,13 @@ def _costs(request: Request, compiled: Compiled, chip: Chip, devices: int) -> di
         "copy_seconds": found.copy_seconds,
         "uncounted_seconds": found.uncounted_seconds,
         "step_seconds": found.step_seconds,
-        "predicted_mfu": work / (devices * chip.peak_flops * found.step_seconds),
-        "roofline_mfu": work / (devices * chip.peak_flops * found.roofline_step_seconds),
+        "predicted_mfu": work / (len(devices) * chip.peak_flops * found.step_seconds),
+        "roofline_mfu": work / (len(devices) * chip.peak_flops * found.roofline_step_seconds),
         "collectives": _collectives(found.collectives),
         "operations": _operations(found.operations),
         "kinds": _kinds(found.operations),
         "problems": problems,
     }
-
-
-def _cycles(text, chip, topology_name):
-    try:
-        from eupe_jax.planning import kernel_cycles
-    except ImportError:
-        return {}
-    return kernel_cycles.cycles_of(text, chip, topology_name)
 
 
 def _cut_shapes(arguments: tuple) -> list[tuple[int, ...]]:
@@ -191,18 +226,19 @@ def check(config: ConfigDict, topology_name: str, slices: int) -> None:
       ValueError: names the field and the fix. ImportError: libtpu is missing.
     """
     devices = topology(topology_name, slices)
+    if not config.students:
+        raise ValueError("config.students is empty: a plan needs at least one student")
     pipeline.check_config(config)
-    mesh = make_mesh(config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices, devices=devices)
+    mesh = make_mesh(**config.mesh, devices=devices)
     hosts = len({device.process_index for device in devices})
-    if hasattr(pipeline, "check_mesh"):
-        pipeline.check_mesh(config, mesh, hosts)
+    check_mesh(config, mesh, hosts)
 
 
 def describe(config: ConfigDict, name: str, topology_name: str, slices: int) -> dict[str, Any]:
     """The run without its costs: chips, mesh, batch, parameters."""
     devices = topology(topology_name, slices)
     chip = chip_of(devices[0])
-    mesh = make_mesh(config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices, devices=devices)
+    mesh = make_mesh(**config.mesh, devices=devices)
     state, _, teachers, _ = program.abstract_run(config, mesh).arguments
 
     def count(tree: Any) -> int:

@@ -111,7 +111,11 @@ def _flops(plan: dict[str, Any]) -> str:
         rows.append(("**found in the program**", *(
             f"{giga(p['program_flops_per_device'] / images)} ({p['flops_difference']:+.2%})" for p in plan["pairs"]
         )))  # fmt: skip
-    return "GFLOP an image.\n\n" + table(("", *labels), rows)
+    text = "GFLOP an image.\n\n" + table(("", *labels), rows)
+    ratios = [pair["xla_block_ratio"] for pair in plan["pairs"]]
+    checks = [(name, *(f"{ratio[name]:.4f}" for ratio in ratios)) for name in ratios[0]]
+    text += "\n\nXLA's own count of one more block, unrolled, over the count from the architecture (XLA also counts "
+    return text + "norms and activations):\n\n" + table(("", *labels), checks)
 
 
 def _times(plan: dict[str, Any]) -> str:

@@ -32,13 +32,14 @@ def pair_result(config, chosen, seconds, free=0.4, **fields):
         "pair": pairs.label(chosen), "compile_seconds": 1.0,
         "model_flops_per_image": {"teachers": work.teachers, "students": work.students, "adapters": work.adapters,
                                   "per_image": work.per_image},
-        "executed_flops_per_device": {"teachers": 1e12}, "fits": free >= 0, "hbm_bytes": {"temporaries": capacity},
+        "executed_flops_per_device": {"teachers": 1e12}, "problems": [],
+        "xla_block_ratio": {"students.vitb": 1.005}, "fits": free >= 0, "hbm_bytes": {"temporaries": capacity},
         "hbm_needed": (1 - free) * capacity, "hbm_capacity": capacity, "hbm_free_fraction": free, "largest_tensors": [],
     }  # fmt: skip
     if seconds is not None:
         result |= {
             "step_seconds": seconds, "roofline_seconds": seconds / 2, "compiler_seconds": seconds,
-            "exposed_seconds": 0.1, "copy_seconds": 0.0, "predicted_mfu": 0.5, "roofline_mfu": 0.9, "problems": [],
+            "exposed_seconds": 0.1, "copy_seconds": 0.0, "predicted_mfu": 0.5, "roofline_mfu": 0.9,
             "program_flops_per_device": 1e12, "flops_difference": 0.0, "kinds": {}, "operations": [],
             "collectives": [{"kind": "all-gather", "network": "ici", "axes": "fsdp", "group_size": 16, "runs": 3,
                              "bytes_each": 1e9, "bytes": 3e9, "seconds": 0.2, "exposed_seconds": 0.1, "of": "qkv",

@@ -6,8 +6,9 @@ import pytest
 
 from configs import stage2_vitb
 from eupe_jax.models.fused_attention import FusedAttention
-from eupe_jax.planning import traced
+from eupe_jax.planning import plan, traced
 from eupe_jax.planning.pairs import every_pair
+from eupe_jax.planning.xla_count import block_ratio
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.training import program
 from eupe_jax.training.model_flops import step_flops
@@ -107,6 +108,11 @@ def test_each_device_has_its_share(trace):
     _, _, traced_step = trace
     alone, shared = traced.executed_flops(traced_step, 1), traced.executed_flops(traced_step, 4)
     assert shared[traced.TEACHERS] == alone[traced.TEACHERS] / 4
+
+
+def test_xlas_count_of_a_block_is_ours_and_a_little():
+    ratio = block_ratio(stage2_vitb.get_config().students.vitb, 256)
+    assert plan.XLA_RANGE[0] < ratio < plan.XLA_RANGE[1]
 
 
 def test_the_largest_arrays_of_a_trace_are_named(trace):
