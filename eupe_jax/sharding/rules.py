@@ -1,7 +1,7 @@
 """Which parameter is cut where: ordered (regex, tactic) rules over the parameter's path, the first match wins.
 
-Tactics, for a kernel of [..., inputs, outputs] (stacked layers and the window of a convolution come first, and are
-never cut: a loop over layers would gather them all):
+Tactics, for a kernel of [..., inputs, outputs] (stacked layers come first and are never cut: a loop over layers would
+gather them all):
 
     fsdp       one axis over `fsdp`; devices gather it where it is used
     column     outputs over `tensor`, each device computing its own; the other axis over `fsdp`
@@ -29,10 +29,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str, str]]
 
-# Matmul kernels carry nearly all bytes; norms, biases, gains and tokens stay whole (cutting them only adds latency).
+# Matmul kernels carry nearly all bytes; norms, biases, gains and tokens stay whole (cutting them only adds latency), and
+# so do convolutions with a window, small all: gradients of cut ones are summed whole and then cut.
 # The optimiser's moments have the same paths behind a prefix, so one set of rules places both.
 RULES: Rules = (
-    (r"/dwconv/kernel$", "replicate"),
+    (r"/(patch_embed|conv|dwconv)/kernel$", "replicate"),
     (r"/(fc1|w1|w2|pwconv1)/kernel$", "column"),
     (r"/(proj|fc2|w3|pwconv2)/kernel$", "row"),
     (r"/qkv/kernel$", "inputs"),

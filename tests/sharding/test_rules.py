@@ -27,9 +27,10 @@ def test_shards_are_whole_tiles_and_lanes_where_there_is_a_choice():
     # the larger axis, but rather 128 lanes of the smaller
     assert spec_for("x/kernel", (576, 1152), mesh) == P(None, "fsdp")
     assert spec_for("x/kernel", (1024, 1152), mesh) == P("fsdp", None)
-    # layers and windows are never cut
+    # layers are never cut, nor are convolutions
     assert spec_for("blocks/x/kernel", (4096, 20, 20), mesh) == P()
-    assert spec_for("conv/kernel", (64, 64, 20, 128), mesh) == P(None, None, None, "fsdp")
+    assert spec_for("params/downsample_1/conv/kernel", (2, 2, 512, 1024), mesh) == P()
+    assert spec_for("params/patch_embed/kernel", (16, 16, 3, 1536), mesh) == P()
 
 
 def test_tensor_cuts_outputs_then_inputs():
