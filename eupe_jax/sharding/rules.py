@@ -29,8 +29,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str, str]]
 
-# Matmul kernels carry nearly all bytes; norms, biases, gains and tokens stay whole (cutting them only adds latency), and
-# so do convolutions with a window, small all: gradients of cut ones are summed whole and then cut.
+# Matmul kernels carry nearly all bytes. Norms, biases, gains and tokens stay whole, cutting them only adds latency; so
+# do convolutions with a window, all small, because gradients of cut ones are summed whole and cut afterwards.
 # The optimiser's moments have the same paths behind a prefix, so one set of rules places both.
 RULES: Rules = (
     (r"/(patch_embed|conv|dwconv)/kernel$", "replicate"),
