@@ -43,6 +43,14 @@ AXES = {
 
 
 def main() -> None:
+    try:
+        _main()
+    except KeyboardInterrupt:
+        print("interrupted: what was compiled is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main() -> None:
     config = cli.require(CONFIG, "config")
     topology = cli.require(TOPOLOGY, "topology")
     name = flags.FLAGS["config"].config_filename

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import signal
 import sys
 import time
 import traceback
@@ -13,8 +14,8 @@ NOTE_EVERY = 60.0  # seconds between lines where nobody watches
 LEAVE_WITHIN = 30.0  # seconds that a process has to end after its answer
 
 
-class ChildFailed(RuntimeError):
-    """The process died, or raised what nobody expects; the message says how."""
+class ChildFailed(OSError):
+    """The process died, or raised what nobody expects: then its traceback is the error's note."""
 
 
 def run(function: Callable[..., Any], *args: Any, title: str) -> Any:
@@ -45,15 +46,18 @@ def run(function: Callable[..., Any], *args: Any, title: str) -> Any:
         receiver.close()
     if kind == "result":
         return value
-    if kind in _BY_NAME:
+    if kind:
         raise _BY_NAME[kind](value)
-    raise ChildFailed(f"{title}: {value}")
+    error = ChildFailed(f"{title}: {value.strip().splitlines()[-1]}")
+    error.add_note(value)
+    raise error
 
 
 _BY_NAME = {kind.__name__: kind for kind in EXPECTED}
 
 
 def _work(sender: Any, function: Callable[..., Any], args: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends this process
     try:
         message = ("result", function(*args))
     except EXPECTED as error:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import stage2_vitb, stage3_vitb
-from eupe_jax.planning import background, pairs, plan, report, sweep
+from eupe_jax.planning import background, pairs, plan, report, sweep, traced
 from eupe_jax.planning.compiling import kept_json, write_atomically
 from eupe_jax.sharding import chips
 from eupe_jax.training.model_flops import step_flops
@@ -194,6 +195,19 @@ def test_a_plan_from_the_command_line_to_json(tmp_path):
     assert time.monotonic() - begun < 120
 
 
+def test_interrupted_work_ends_at_once():
+    """Ctrl-C in the middle of the work, which would take a minute."""
+    code = "import sys, time; from eupe_jax.planning import background; print('up', flush=True); "
+    code += "background.run(time.sleep, 60, title='t')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        p.stdout.readline()
+        time.sleep(1)
+        begun = time.monotonic()
+        p.send_signal(signal.SIGINT)
+        p.communicate(timeout=30)
+    assert p.returncode != 0 and time.monotonic() - begun < 30
+
+
 # ---- sweeps
 
 
@@ -224,6 +238,44 @@ def test_a_failing_variant_stops_no_other_and_every_row_is_kept(tmp_path):
     assert sweep.markdown(rows).count("\n") == 3
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_a_sweep_of_real_plans(tmp_path):
+    config = stage2_vitb.get_config("runlocal")
+    cells = list(sweep.variants(config, {"accumulate": (1, 2, 3), "remat": ("none", "full")}))
+    rows = sweep.run(config, "x", "v5e:2x2", 1, pairs.choose(config), tmp_path / "cache", cells, tmp_path / "rows")
+    assert len(rows) == 4 and len(list((tmp_path / "rows").iterdir())) == 4
+    assert [row["variant"]["accumulate"] for row in rows if row["error"]] == [3]  # three do not divide the batch
+    times = [row["plan"]["step_seconds"] for row in rows[:3]]
+    assert times == sorted(times) and all(not row["plan"]["problems"] for row in rows[:3])
+    executed = {row["variant"]["remat"]: row["plan"]["pairs"][0]["executed_flops_per_device"] for row in rows[:3]}
+    assert traced.RECOMPUTED in executed["full"] and traced.RECOMPUTED not in executed["none"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_names_what_is_large(tmp_path):
+    """The real stage-2 step with 128 images on each of four chips: the compiler refuses."""
+    config = stage2_vitb.get_config()
+    config.batch_size, config.mesh.fsdp = 512, 4
+    for student in config.students.values():
+        student.remat = "none"
+    whole = plan.make_plan(config, "x", "v5e:2x2", 1, pairs.choose(config), tmp_path)
+    (pair,) = whole["pairs"]
+    assert not whole["fits"] and whole["hbm_free_fraction"] < 0 and whole["chip_hours"] is None
+    assert pair["hbm_needed"] > pair["hbm_capacity"] and pair["largest_tensors"]
+    assert "remat" in whole["advice"] and "does not fit" in report.markdown(whole)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_move_gradients_over_the_data_centre_network(tmp_path):
+    config = stage2_vitb.get_config("runlocal")
+    whole = plan.make_plan(config, "x", "v5e:2x2", 2, pairs.choose(config), tmp_path)
+    assert whole["mesh"]["data"] == 8 and whole["devices"] == 8 and not whole["problems"]
+    assert {c["network"] for c in whole["collectives"]} >= {"dcn"}
+
+
 def test_rows_are_ordered_by_predicted_time_with_those_that_do_not_fit_last():
     config = stage2_vitb.get_config()
     slow, fast = made(config, [0.5]), made(config, [0.3])
@@ -244,6 +296,9 @@ def test_another_process_gives_its_result_its_errors_and_its_death():
         background.run(int, "x", title="t")
     with pytest.raises(background.ChildFailed, match="status 3"):
         background.run(os._exit, 3, title="t")
+    with pytest.raises(background.ChildFailed, match="t: ZeroDivisionError") as error:
+        background.run(divmod, 1, 0, title="t")
+    assert "Traceback" in error.value.__notes__[0]
 
 
 def test_a_kept_result_is_not_made_again(tmp_path):
