@@ -138,8 +138,12 @@ def test_between_slices_each_device_sends_its_part():
 
 
 def test_all_reduces_of_whole_weights_are_found():
+    """Cut over every device of a slice, weights are gathered but their gradients are not scattered."""
     weights = [(6, 1024, 1024)]
-    assert whole_weight_all_reduces(costs("fsdp_gradient_v5e").collectives, weights) == []
-    (found,) = whole_weight_all_reduces(costs("replicated_gradients_v5e").collectives, weights)
-    assert found.kind == "all-reduce"
+    for name in ("fsdp_gradient_v5e", "fsdp_gradient_v5p", "fsdp_gradient_v6e", "fsdp_gradient_slices"):
+        assert whole_weight_all_reduces(costs(name).collectives, weights) == []
+    (found,) = whole_weight_all_reduces(costs("fsdp_gradient_whole_v5e").collectives, weights)
+    assert (found.kind, found.bytes, found.trips, found.group_size) == ("all-reduce", 2 * WEIGHT, 6, 8)
     assert whole_weight_all_reduces([found], [(1024, 512), (1024,)]) == []
+    (several,) = whole_weight_all_reduces(costs("replicated_gradients_v5e").collectives, weights)
+    assert len(several.shapes) == 3

@@ -40,6 +40,7 @@ FLOPS = {
     "kernel": 7 * KERNEL,  # two products forward, five backward
     "gather": 6 * ROW_PRODUCT,
     "fsdp_gradient": 3 * 6 * ROW_PRODUCT,
+    "fsdp_gradient_whole": 3 * 6 * ROW_PRODUCT,
     "fsdp_gradient_hidden": 3 * 6 * ROW_PRODUCT,
     "replicated_gradients": (3 + 2 + 3) * ROW_PRODUCT,  # the first layer needs no gradient of its input
     "explicit_collectives": 0,
