@@ -6,10 +6,11 @@ grid, times its trips, are the cycles. (Waiting for HBM is not in them: the esti
 that is longer.) Cycles counted once are kept in a table that comes with the project, and in the user's cache; both go
 by a digest of the kernel's code, so that a kernel that changed is counted anew.
 
-    python -m eupe_jax.planning.kernel_cycles HLO.txt.gz ... --topology v5e:16x16   # adds their kernels to the table
+    python -m eupe_jax.planning.kernel_cycles PROGRAM.hlo.gz ...   # makes the table of the kernels in these programs
 """
 
 import argparse
+import contextlib
 import datetime
 import gzip
 import importlib.metadata
@@ -134,16 +135,17 @@ def libtpu_version() -> str | None:
 
 
 def _add(path: Path, schedules: Mapping[str, Schedule]) -> None:
-    """Adds to a table by way of a temporary file; a cache that cannot be written is done without."""
-    table = {key: asdict(value) for key, value in sorted((_read(path) | schedules).items())}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(table, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError:
-        if path == TABLE:
-            raise
+    """Adds to a table; a cache that cannot be written is done without."""
+    with contextlib.suppress(OSError):
+        _write(path, _read(path) | schedules)
+
+
+def _write(path: Path, schedules: Mapping[str, Schedule]) -> None:
+    """By way of a temporary file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({key: asdict(value) for key, value in sorted(schedules.items())}, indent=1) + "\n")
+    temporary.replace(path)
 
 
 # ---- counting
@@ -271,22 +273,27 @@ def _trips(lines: Sequence[str], first: int, last: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the table anew from the kernels of programs: what the cache knows of them, and what is missing counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="*", help="compiled programs, optimized HLO as text or gzip")
-    parser.add_argument("--topology", required=True, help="chips they were compiled for, such as v5e:16x16")
+    parser.add_argument("--topology", help="count what is missing for these chips, such as v5e:16x16")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     if flags.compile:
         print(json.dumps(_compile(json.load(sys.stdin), flags.topology, Path(flags.compile))))
         return
-    chip = chip_of(topology(flags.topology)[0])
-    for program in flags.programs:
-        path = Path(program)
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-        known = _read(TABLE)
-        new = {_entry(chip, i): i for i in _kernels(text) if not _valid(known.get(_entry(chip, i)))}
-        _add(TABLE, count(new, flags.topology) if new else {})
-        print(f"{program}: {len(new)} kernel(s) added to {TABLE}")
+    kernels = {kernel_digest(_body(i)): i for program in flags.programs for i in _kernels(_text(Path(program)))}
+    if flags.topology and kernels:
+        chip, known = chip_of(topology(flags.topology)[0]), _read(CACHE)
+        missing = {_entry(chip, i): i for i in kernels.values() if not _valid(known.get(_entry(chip, i)))}
+        _add(CACHE, count(missing, flags.topology) if missing else {})
+    found = {key: schedule for key, schedule in _read(CACHE).items() if key.split("/")[1] in kernels}
+    _write(TABLE, found)
+    print(f"{TABLE}: {len(found)} schedules of {len(kernels)} kernels")
+
+
+def _text(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
 
 
 if __name__ == "__main__":

@@ -115,6 +115,18 @@ def test_a_broken_cache_is_counted_anew_and_a_broken_table_is_an_error(tables):
         kernel_cycles.cycles_of(text, CHIPS["v5e"], "v5e:2x4")
 
 
+def test_the_table_is_made_of_the_kernels_of_programs(tables, tmp_path, capsys):
+    text = hlo_text("kernel_v5e")
+    kernel_cycles.cycles_of(text, CHIPS["v5e"], "v5e:2x4")
+    kernel_cycles.cycles_of(text, CHIPS["v6e"], "v6e:2x4")
+    (tmp_path / "program.txt").write_text(text)
+    kernel_cycles.main([str(tmp_path / "program.txt")])
+    assert "4 schedules of 2 kernels" in capsys.readouterr().out
+    kernel_cycles.CACHE.unlink()
+    assert set(kernel_cycles.cycles_of(text, CHIPS["v6e"], "v6e:2x4").values()) == {SCHEDULE.cycles(4)}
+    assert len(tables) == 2  # the table knows them
+
+
 @pytest.mark.skipif(kernel_cycles.TABLE.exists() is False, reason="no table of cycles")
 def test_the_table_that_comes_with_the_project_can_be_read():
     for key, schedule in kernel_cycles._read(kernel_cycles.TABLE).items():
