@@ -9,7 +9,7 @@ from eupe_jax.training import distributed
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "several processes: join them; on TPU pods, GKE, Slurm and Open MPI they find each other"
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing else tells (as the next two)")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing else tells: so the next two")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
 

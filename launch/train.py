@@ -1,24 +1,31 @@
 """Trains a recipe: python launch/train.py --config=configs/stage2_vitb.py --workdir=gs://BUCKET/stage2_vitb
 
 The same command again resumes. `--config=...:runlocal` shrinks any recipe to a seconds-long smoke test that needs
-neither data nor weights; --print_config shows the whole recipe.
+neither data nor weights; --print_config shows the whole recipe. On several hosts, start it on each of them with
+--distributed (docs/pods.md).
 """
 
 import jax
 from absl import flags
 from etils import epath
 
+from eupe_jax.training import distributed, profiling
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
-from launch import cli
+from launch import cli, processes
 from launch.training_evals import training_evals
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (local or gs://): checkpoints, metrics, config")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the complete recipe and stop")
 STOP_AT = flags.DEFINE_integer("stop_at", None, "stop after this step, with a checkpoint", lower_bound=1)
-CACHE = flags.DEFINE_string("compilation_cache", None, "folder that keeps compiled programs between runs")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "several hosts: join them with jax.distributed.initialize()")
+PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: trace these steps into WORKDIR/profile, such as 100:105")
+CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "folder that keeps compiled programs between runs, for all hosts; else $JAX_COMPILATION_CACHE_DIR, or on TPUs "
+    "and GPUs WORKDIR/compilation_cache",
+)
 
 
 def main() -> None:
@@ -27,16 +34,28 @@ def main() -> None:
         print(config)
         return
     workdir = epath.Path(cli.require(WORKDIR, "workdir"))
-    if CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", CACHE.value)
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    profile = profiling.parse_steps(PROFILE.value) if PROFILE.value else None
+    processes.join()
+    _keep_compiled(workdir)
     if not config.statistics and not config.statistics_from and _all_random(config):
         # a smoke test: nobody has measured its random teachers, so do that first
         config.statistics = str(workdir / "statistics")
         measure_statistics(config, config.statistics)
-    train(config, workdir, evals=training_evals(config, workdir), stop_at=STOP_AT.value)
-    print(f"done: {workdir}")
+    train(config, workdir, evals=training_evals(config, workdir), stop_at=STOP_AT.value, profile=profile)
+    if distributed.is_main():
+        print(f"done: {workdir}")
+
+
+def _keep_compiled(workdir: epath.Path) -> None:
+    """Turns on the persistent compilation cache: only process 0 writes to it, so it lies where all of them read.
+
+    On CPUs only where --compilation_cache asks for it: little is gained there, and what is compiled fits one machine.
+    """
+    folder = CACHE.value
+    if not folder and not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+        folder = str(workdir / "compilation_cache")
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _all_random(config) -> bool:

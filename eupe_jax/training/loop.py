@@ -9,17 +9,22 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from eupe_jax.distill import resolutions
-from eupe_jax.sharding.mesh import make_mesh
+from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import assemble, pipeline, program
-from eupe_jax.training.checkpoints import Checkpoints
+from eupe_jax.training import assemble, pipeline, program, summary
+from eupe_jax.training.checkpoints import Checkpoints, abstract
+from eupe_jax.training.distributed import is_main
+from eupe_jax.training.mesh_check import check_mesh
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics
+from eupe_jax.training.model_flops import step_flops
 from eupe_jax.training.optimizer import make_schedule
+from eupe_jax.training.profiling import Profiler
+from eupe_jax.training.timing import Timing
 
 LOGGER = logging.getLogger(__name__)
 
@@ -38,12 +43,18 @@ class Eval:
 
 
 def train(
-    config: ConfigDict, workdir: epath.PathLike, *, evals: Sequence[Eval] = (), stop_at: int | None = None
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    evals: Sequence[Eval] = (),
+    stop_at: int | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> dict:
     """Trains until `config.total_steps`, resuming from the newest checkpoint in `workdir`; returns the final state.
 
     Args:
       stop_at: stop early after this step, with a checkpoint, without changing the schedule; run again to go on.
+      profile: (first, last) step to trace into `workdir/profile`.
 
     Raises:
       ValueError, OSError: bad config, data, statistics, checkpoint or workdir, before anything is trained.
@@ -53,12 +64,11 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     pipeline.check_config(config)
     check_evals(evals, config.log_every)
-    main_process = jax.process_index() == 0
     check_workdir(workdir, config)
     data = pipeline.Data(config)
     check_data(workdir, data.facts)
     mesh = make_mesh(**config.mesh)
-    LOGGER.info("%d devices, mesh %s", jax.device_count(), dict(mesh.shape))
+    check_mesh(config, mesh, jax.process_count())
 
     # ---- who teaches, and on what scale
     teachers = assemble.load_teachers(config, mesh)
@@ -74,59 +84,115 @@ def train(
         LOGGER.info("resumed from step %d", saver.latest_step)
     manifest = assemble.manifest(config, teachers, statistics)
     start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
+    profiler = Profiler(profile, workdir / "profile", start=start, end=end)
+    for line in summary.describe_run(config, mesh, state, teachers.variables):
+        LOGGER.info(line)
+
+    # ---- the step, compiled for every combination of resolutions to come, before data take memory
+    placed_statistics = jax.device_put(statistics_arrays, replicated(mesh))
+    steps = program.make_steps(config, students, teachers.by_name, mesh, shardings(state, mesh))
+    coming = pairs_ahead(config, start, end)
+    batch = program.abstract_batch(config, teachers.by_name, mesh)
+    arguments = (abstract(state), batch, teachers.variables, placed_statistics)
+    steps = program.compile_steps({chosen: steps[chosen] for chosen in coming}, arguments, progress=is_main())
+    for chosen, step in steps.items():
+        LOGGER.info("%s: %s", chosen, summary.describe_memory(step, mesh.devices.flat[0]))
+    schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
+    flops = {chosen: step_flops(config, chosen, teachers.by_name).per_image for chosen in coming}
 
     # ---- what it sees
     batches = data.batches(teachers.hosts, mesh, start_step=start)
 
-    # ---- the step, once for every combination of resolutions
-    steps = program.make_steps(config, students, teachers.by_name, mesh, shardings(state, mesh))
-    schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
-
-    if main_process:
+    if is_main():
         _record(workdir / "config.json", config.to_dict())
         _record(workdir / "data.json", data.facts)
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
     running = RunningMetrics()
-    writer = MetricWriter(workdir, resume_step=start, enabled=main_process)
-    bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not main_process, desc=workdir.name)
+    writer = MetricWriter(workdir, resume_step=start, enabled=is_main())
+    bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not is_main(), desc=workdir.name)
+    timing = Timing(config.batch_size, flops, mesh.devices.flatten().tolist())
 
-    def log(step: int, scalars: dict[str, float]) -> None:
+    def log(step: int, *, final: bool = False) -> None:
+        with timing.part("wait"):
+            scalars = running.pop(final=final)
+        with timing.part("log"):
+            scalars |= batches.broken(before=step)
         if not scalars:  # logged just before a save
             return
-        writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
-        losses = {name: scalars.get(f"{name}/loss") for name in students}
-        bar.set_postfix({name: value for name, value in losses.items() if value is not None})
+        times = timing.pop()
+        with timing.part("log"):
+            writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
+            writer.write_timings(step, times)
+            losses = {name: scalars.get(f"{name}/loss") for name in students}
+            bar.set_postfix({name: value for name, value in losses.items() if value is not None} | in_short(times))
 
     def evaluate(due: Sequence[Eval], step: int) -> None:
-        for each in due:
-            writer.write(step, {f"{each.name}/{k}": v for k, v in each.run(step, state).items()})
+        with timing.part("eval"):
+            for each in due:
+                writer.write(step, {f"{each.name}/{k}": v for k, v in each.run(step, state).items()})
 
     try:
         if start:  # what was due at the step this run resumes from, and may have been killed
             evaluate(evals_due(evals, start, config.total_steps), start)
         for step in range(start, end):
-            chosen = resolutions.choose(config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config))
-            state, metrics = steps[chosen](state, next(batches), teachers.variables, statistics_arrays)
-            running.add(metrics)
+            chosen, done = drawn(config, step), step + 1
+            if profiler.begins(done):
+                with timing.part("profile"):
+                    profiler.start(state)
+            with timing.part("data"):
+                batch = next(batches)
+            with timing.part("dispatch"), profiler.step(done):
+                state, metrics = steps[chosen](state, batch, teachers.variables, placed_statistics)
+            timing.step(chosen)
+            with timing.part("wait"):
+                running.add(metrics)
             if step > start and step % config.log_every == 0:
-                log(step, running.pop() | batches.broken(before=step))
-            done = step + 1
+                log(step)
+            if profiler.ends(done):
+                with timing.part("profile"):
+                    profiler.stop(state)
             bar.update()
             due = evals_due(evals, done, config.total_steps)
             if due or done == end or done % config.log_every == done % config.checkpoint.save_every == 0:
                 # what the next step would log: a run that is killed once this one is saved would lose the line
-                log(done, running.pop(final=True) | batches.broken(before=done))
-            saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
+                log(done, final=True)
+            with timing.part("save"):
+                saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
             if due:  # saved first: a run that is killed while evaluating loses nothing
-                saver.wait()
+                with timing.part("save"):
+                    saver.wait()
                 evaluate(due, done)
     finally:
         bar.close()
         batches.close()
         writer.close()
+        profiler.close()
         saver.close()
+    sync_global_devices("trained")  # whoever leaves early would not wait for the one that evaluates
     return state
+
+
+def drawn(config: ConfigDict, step: int) -> resolutions.Resolutions:
+    """The combination of resolutions of a step."""
+    return resolutions.choose(config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config))
+
+
+def pairs_ahead(config: ConfigDict, start: int, end: int) -> list[resolutions.Resolutions]:
+    """The combinations of resolutions that the steps from `start` to `end` draw; the same on every host."""
+    every, found = pipeline.every_pair(config), set()
+    for step in range(start, end):
+        found.add(drawn(config, step))
+        if len(found) == len(every):
+            break
+    return [chosen for chosen in every if chosen in found]
+
+
+def in_short(times: Mapping[str, float]) -> dict[str, str]:
+    """What of `Timing.pop` stands in the bar."""
+    forms = {"images_per_s": ("img/s", "{:.4g}"), "mfu": ("MFU", "{:.1%}"), "tflops_per_device": ("TFLOP/s", "{:.3g}")}
+    found = {form: times.get(f"performance/{name}") for name, form in forms.items()}
+    return {label: form.format(value) for (label, form), value in found.items() if value is not None}
 
 
 def check_evals(evals: Sequence[Eval], log_every: int) -> None:

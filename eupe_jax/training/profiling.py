@@ -58,28 +58,27 @@ class Profiler:
     def tracing(self) -> bool:
         return self._local is not None
 
-    def due(self, step: int) -> bool:
-        """Whether a trace begins before, or ends after, this step."""
-        return self._last > 0 and step in (self._first, self._last)
+    def begins(self, step: int) -> bool:
+        """Whether `start` is due, before this step."""
+        return self._last > 0 and step == self._first
 
-    def before(self, step: int, state: Any) -> None:
-        """Starts to trace before the first step of the range, once everything earlier is done."""
-        if self._last and step == self._first:
-            jax.block_until_ready(state)
-            self._local = Path(tempfile.mkdtemp(prefix="eupe_jax_profile_"))
-            jax.profiler.start_trace(self._local)
+    def ends(self, step: int) -> bool:
+        """Whether `stop` is due, after this step."""
+        return self.tracing and step == self._last
+
+    def start(self, state: Any) -> None:
+        """Traces from now on, once everything earlier is done."""
+        jax.block_until_ready(state)
+        self._local = Path(tempfile.mkdtemp(prefix="eupe_jax_profile_"))
+        jax.profiler.start_trace(self._local)
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of a step: XProf tells steps apart by it."""
         return jax.profiler.StepTraceAnnotation("train", step_num=step) if self.tracing else contextlib.nullcontext()
 
-    def after(self, step: int, state: Any) -> None:
-        """Writes the trace once the last step of the range is done."""
-        if self.tracing and step == self._last:
-            jax.block_until_ready(state)
-            self._stop()
-
-    def _stop(self) -> None:
+    def stop(self, state: Any) -> None:
+        """Writes the trace, once its last step is done."""
+        jax.block_until_ready(state)
         local, self._local = self._local, None
         try:
             jax.profiler.stop_trace()

@@ -73,7 +73,7 @@ def test_another_mesh_gives_the_same_run(whole_run, tmp_path, monkeypatch):
     config, _, state = whole_run
     config = config.copy_and_resolve_references()
     train(config, tmp_path, stop_at=2)
-    monkeypatch.setattr(rules, "MIN_SHARD_ELEMENTS", 1)  # the real one leaves so small a model whole
+    monkeypatch.setattr(rules, "MIN_ELEMENTS", 1)  # the real one leaves so small a model whole
     config.mesh.fsdp = 4
     resumed = train(config, tmp_path)
     cut = [x for x in jax.tree.leaves(resumed) if not x.is_fully_replicated]
