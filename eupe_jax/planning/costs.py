@@ -50,7 +50,8 @@ class Operation:
     Attributes:
       kind: "matmul" (any product or convolution), "kernel" (Pallas), "layout" (copies and the like), "other".
       path: loops it lies in: "12x/50x".
-      flops, passes: multiply-adds x 2; passes over the matrix unit that the precision takes.
+      flops: of one run, 2 for a multiply-add, whatever its precision.
+      hbm_bytes: moved by one run.
       cycles: the compiler's, or counted bundles; None where there are none.
       roofline_seconds, compiler_seconds: of one run.
     """
@@ -220,6 +221,8 @@ class _Walk:
         yield Start(event.key, c.network, c.run_seconds, number)
         if event.what == "sync":
             yield Done(event.key)
+        if instruction.cycles or work.flops(self.module, where, instruction)[0]:  # a fusion that computes besides
+            yield self._operation(where, instruction, trips, path)
 
     def _copied(self, instruction: Instruction, trips: int) -> float:
         """HBM bytes of one early copy: what it writes, and as much read, of which one side is VMEM."""

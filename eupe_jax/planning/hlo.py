@@ -159,10 +159,9 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        return next(reversed(self.instructions.values())) if not self._roots() else self._roots()[0]
-
-    def _roots(self) -> list[Instruction]:
-        return [i for i in self.instructions.values() if i.root]
+        """The result; the last instruction where none is marked."""
+        instructions = list(self.instructions.values())
+        return next((i for i in instructions if i.root), instructions[-1])
 
     def users(self, name: str) -> list[Instruction]:
         """Instructions that read `name`."""

@@ -184,6 +184,28 @@ def test_products_in_asynchronous_computations_and_early_slices_count():
     assert estimated.compiler_step_seconds == pytest.approx(early + product.compiler_seconds)
 
 
+def test_a_product_in_one_fusion_with_a_collective_counts_beside_it():
+    """As if the compiler summed a product over devices in the fusion that makes it."""
+    text = """HloModule sum_of_products, num_partitions=4
+%both (a: bf16[512,512], b: bf16[512,512]) -> bf16[512,512] {
+  %a = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %d = bf16[512,512]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = bf16[512,512]{1,0:T(8,128)(2,1)} all-reduce(%d), channel_id=1, replica_groups=[1,4]<=[4]
+}
+ENTRY %main (x: bf16[512,512]) -> bf16[512,512] {
+  %x = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %f = bf16[512,512]{1,0:T(8,128)(2,1)} fusion(%x, %x), kind=kOutput, calls=%both
+}
+"""
+    estimated = estimate(text, V5E)
+    assert estimated.flops == 2 * 512**3
+    (reduce,) = estimated.collectives
+    assert (reduce.kind, reduce.bytes, reduce.group_size) == ("all-reduce", 2 * 512**2, 4)
+    (product,) = estimated.operations
+    assert estimated.compiler_step_seconds == pytest.approx(product.compiler_seconds + reduce.seconds)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu: pip install eupe_jax[tpu]"
 )
