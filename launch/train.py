@@ -56,6 +56,8 @@ def _keep_compiled(workdir: epath.Path) -> None:
         folder = str(workdir / "compilation_cache")
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
+        if "://" in folder:  # XLA's own caches (GPUs) know no buckets
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _all_random(config) -> bool:

@@ -144,11 +144,11 @@ def train(
                 batch = next(batches)
             with timing.part("dispatch"), profiler.step(done):
                 state, metrics = steps[chosen](state, batch, teachers.variables, placed_statistics)
-            timing.step(chosen)
             with timing.part("wait"):
                 running.add(metrics)
             if step > start and step % config.log_every == 0:
                 log(step)
+            timing.step(chosen)
             if profiler.ends(done):
                 with timing.part("profile"):
                     profiler.stop(state)
