@@ -3,7 +3,7 @@
 python benchmarks/plans.py [--only stage2_vitb] [--out docs/plans]
 
 What was compiled before is taken from the cache, so that an interrupted run goes on where it stopped. A plan that fails
-is named in the index and does not stop the others.
+is named in the index and does not stop the others; those that are not made this time keep their line.
 """
 
 import os
@@ -11,6 +11,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"  # compiles for TPUs, computes on none
 
 import importlib  # noqa: E402
+import json  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -74,20 +75,22 @@ def main() -> None:
     args = parser.parse_args()
     every = [(recipe, topology) for recipe in RECIPES for topology in TOPOLOGIES]
     wanted = [(r, t) for r, t in every if (args.only or "") in r and args.topology in (None, t)]
-    rows, failed = [], 0
+    index, failed = args.out / "index.json", 0
+    rows = json.loads(index.read_text()) if index.exists() else {}
     for recipe, topology in tqdm(wanted, unit="plan"):
+        name = file_name(recipe, topology)
         try:
             plan = make(recipe, topology, args.cache or default_cache())
-            write_atomically(args.out / file_name(recipe, topology), report.markdown(plan).encode())
-            rows.append(row(recipe, topology, plan))
+            write_atomically(args.out / name, report.markdown(plan).encode())
+            rows[name] = row(recipe, topology, plan)
             failed += bool(plan["problems"]) or not plan["fits"]
         except ERRORS as error:
-            rows.append((recipe, topology, *[""] * (len(COLUMNS) - 3), one_line(error)))
+            rows[name] = (recipe, topology, *[""] * (len(COLUMNS) - 3), one_line(error))
             failed += 1
-    text = f"{INTRODUCTION}\n{report.table(COLUMNS, rows)}\n"
-    if wanted == every:
-        write_atomically(args.out / "README.md", text.encode())
-    print(text)
+        write_atomically(index, json.dumps(rows, indent=1).encode())
+        in_order = [rows[file_name(r, t)] for r, t in every if file_name(r, t) in rows]
+        write_atomically(args.out / "README.md", f"{INTRODUCTION}\n{report.table(COLUMNS, in_order)}\n".encode())
+    print((args.out / "README.md").read_text())
     sys.exit(1 if failed else 0)
 
 

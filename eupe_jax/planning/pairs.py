@@ -61,8 +61,8 @@ def label(pair: Resolutions) -> str:
 def fit_seconds(known: Mapping[Resolutions, float], work: Mapping[Resolutions, StepFlops]) -> dict[Resolutions, float]:
     """Step times of every pair in `work` from those of the `known` ones.
 
-    Seconds are taken to be c + a x (teachers' FLOPs) + b x (trained FLOPs), through all known pairs where these fix the
-    three figures and none is negative; else to be in proportion to model FLOPs, at the mean rate of the known.
+    Seconds are taken to be c + a x (teachers' FLOPs) + b x (trained FLOPs), through the known pairs where these fix the
+    three figures and no FLOP takes less than no time; else in proportion to model FLOPs, at the mean rate of the known.
     """
 
     def terms(pair: Resolutions) -> list[float]:
@@ -71,6 +71,7 @@ def fit_seconds(known: Mapping[Resolutions, float], work: Mapping[Resolutions, S
     rate = sum(known.values()) / sum(work[pair].per_image for pair in known)
     rows = np.array([terms(pair) for pair in known])
     solution, _, rank, _ = np.linalg.lstsq(rows, np.array(list(known.values())), rcond=None)
-    affine = rank == 3 and solution.min() >= 0
-    seconds = {p: float(np.dot(terms(p), solution)) if affine else rate * work[p].per_image for p in work}
-    return seconds | dict(known)
+    plane = {pair: float(np.dot(terms(pair), solution)) for pair in work}
+    if rank < 3 or min(solution[1:]) < 0 or min(plane.values()) <= 0:
+        plane = {pair: rate * work[pair].per_image for pair in work}
+    return plane | dict(known)

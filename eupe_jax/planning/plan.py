@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from eupe_jax.distill.resolutions import Resolutions
@@ -23,7 +24,7 @@ from eupe_jax.planning.compiling import Compiled, Request
 from eupe_jax.planning.xla_count import block_ratio
 from eupe_jax.sharding.chips import Chip, chip_of, topology
 from eupe_jax.sharding.mesh import data_shards, make_mesh
-from eupe_jax.training import pipeline, program
+from eupe_jax.training import kernels, pipeline, program
 from eupe_jax.training.mesh_check import check_mesh
 from eupe_jax.training.model_flops import StepFlops, step_flops
 
@@ -260,7 +261,8 @@ def describe(config: ConfigDict, name: str, topology_name: str, slices: int) -> 
         "batch_per_device": config.batch_size / data_shards(mesh) / config.accumulate,
         "total_steps": config.total_steps,
         "remat": {student: entry.remat for student, entry in config.students.items()},
-        "compute": config.compute.to_dict(),
+        "kernels": _kernels(config, mesh),
+        "compiler_options": kernels.compiler_options(config.compute, mesh) or {},
         "parameters": {
             "students": {
                 k: {part: count(v["params"][part]) for part in v["params"]} for k, v in state["students"].items()
@@ -268,6 +270,17 @@ def describe(config: ConfigDict, name: str, topology_name: str, slices: int) -> 
             "teachers": {k: count(v) for k, v in teachers.items()},
         },
     }
+
+
+def _kernels(config: ConfigDict, mesh: Mesh) -> dict[str, dict[str, str]]:
+    """What `config.compute` comes to on these chips: {"students.NAME": {constructor field: what it is}}."""
+    found = {}
+    for group, frozen in (("students", False), ("teachers", True)):
+        for name, entry in config[group].items():
+            if entry.get("kind", "encoder") == "encoder":
+                fields = kernels.model_fields(config.compute, mesh, entry.model, frozen=frozen)
+                found[f"{group}.{name}"] = {k: getattr(v, "__name__", type(v).__name__) for k, v in fields.items()}
+    return found
 
 
 def make_plan(

@@ -75,10 +75,16 @@ def _run(plan: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, parts in plan["parameters"]["students"].items():
         sizes = ", ".join(f"{part} {millions(count)}" for part, count in parts.items())
-        rows.append((f"student {name}", f"{sizes}; remat {plan['remat'][name]}"))
-    rows += [(f"teacher {name}", millions(count)) for name, count in plan["parameters"]["teachers"].items()]
-    rows.append(("compute", ", ".join(f"{k} {v}" for k, v in plan["compute"].items())))
+        rows.append((f"student {name}", f"{sizes}; remat {plan['remat'][name]}{_kernels(plan, f'students.{name}')}"))
+    for name, count in plan["parameters"]["teachers"].items():
+        rows.append((f"teacher {name}", f"{millions(count)}{_kernels(plan, f'teachers.{name}')}"))
+    options = " ".join(f"{k}={v}" for k, v in plan["compiler_options"].items())
+    rows.append(("compiler options", options or "the compiler's own"))
     return table(("", ""), rows)
+
+
+def _kernels(plan: dict[str, Any], model: str) -> str:
+    return "".join(f"; {field} {value}" for field, value in plan["kernels"].get(model, {}).items())
 
 
 def _memory(plan: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def description(config):
         "chip": {"name": "v5e", "peak_flops": 197e12}, "devices": 256, "chips": 256, "hosts": 64,
         "mesh": {"data": 16, "fsdp": 16, "tensor": 1}, "batch_size": config.batch_size, "accumulate": 1,
         "batch_per_device": config.batch_size / 256, "total_steps": config.total_steps, "remat": {"vitb": "none"},
-        "compute": {"attention": "auto"},
+        "kernels": {"students.vitb": {"gelu": "exact_gelu"}}, "compiler_options": {},
         "parameters": {"students": {"vitb": {"backbone": 85_669_632}}, "teachers": {"proxy": 1_850_601_472}},
     }  # fmt: skip
 
