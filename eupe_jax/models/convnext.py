@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from eupe_jax.models.depthwise import DepthwiseConv
 from eupe_jax.models.layers import Activation, LayerNorm, check_fit, dense_init, exact_gelu, stack_blocks
@@ -33,10 +34,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         dim = x.shape[-1]
-        y = DepthwiseConv(self.depthwise, self.dtype, dense_init, name="dwconv")(x)
+        y = checkpoint_name(DepthwiseConv(self.depthwise, self.dtype, dense_init, name="dwconv")(x), "depthwise")
         y = LayerNorm(NORM_EPS, self.dtype, name="norm")(y)
-        y = nn.Dense(4 * dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv1")(y)
+        y = checkpoint_name(nn.Dense(4 * dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv1")(y), "hidden")
         y = nn.Dense(dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv2")(self.gelu(y))
+        y = checkpoint_name(y, "branch")
         gamma = self.param("gamma", nn.initializers.constant(self.layerscale_init), (dim,))
         # The factor starts at 1e-6: applied in float32, whatever the compute dtype.
         return (x + y.astype(jnp.float32) * gamma).astype(x.dtype), None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
@@ -200,7 +201,6 @@ def _backward(parts: Parts, tables, out: jax.Array, grad: jax.Array, heads: _Hea
             g = grad[block, head]
             dv = dv + _dot(weights.astype(v.dtype), g, (0, 0))
             inner = (g.astype(jnp.float32) * out[block, head].astype(jnp.float32)).sum(axis=1, keepdims=True)
-            inner = (g.astype(jnp.float32) * out[block, head].astype(jnp.float32)).sum(axis=1, keepdims=True)
             dlogits = (weights * (_dot(g, v[:, head], (1, 1)) - inner)).astype(v.dtype)
             dq.append(_dot(dlogits, k, (1, 0)))
             dk = dk + _dot(dlogits, q[block], (0, 0))
@@ -294,7 +294,8 @@ def _attention(heads: _Heads, interpret: bool, qkv: jax.Array, tables: jax.Array
 
 
 def _attention_forward(heads, interpret, qkv, tables):
-    out = _run_forward(qkv, tables, heads, interpret)
+    # named here, where it becomes a residual: a name given outside would leave this one to be computed again
+    out = checkpoint_name(_run_forward(qkv, tables, heads, interpret), "attention")
     return out, (qkv, tables, out)
 
 
