@@ -26,7 +26,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config = common.base()
     config.total_steps = 300_000
     config.batch_size = 2048
-    config.students.proxy = common.student("eupe_proxy", remat="full")
+    config.students.proxy = common.student("eupe_proxy", remat="names")
     config.teachers.pecore = common.encoder_teacher("pe_core_g14_448", (448,))
     config.teachers.pelang = common.encoder_teacher("pe_lang_g14_448", (448,), class_token="none")
     config.teachers.dinov3 = common.encoder_teacher("dinov3_vith16plus", (256,))

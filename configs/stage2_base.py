@@ -19,7 +19,7 @@ def base(models: Mapping[str, str], mode: str) -> ConfigDict:
     config = common.base()
     config.total_steps = 390_000
     config.batch_size = 8192
-    config.students = ConfigDict({name: common.student(model) for name, model in models.items()})
+    config.students = ConfigDict({name: common.student(model, remat="names") for name, model in models.items()})
     config.teachers.proxy = common.encoder_teacher("eupe_proxy", (256,))
     config.student_resolutions = (256,)
     config.adapter.hidden_dim = 3072

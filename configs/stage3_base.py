@@ -21,7 +21,7 @@ def base(models: Mapping[str, str], mode: str) -> ConfigDict:
     config = common.base()
     config.total_steps = 100_000
     config.batch_size = 4096
-    config.students = ConfigDict({name: common.student(model) for name, model in models.items()})
+    config.students = ConfigDict({name: common.student(model, remat="names") for name, model in models.items()})
     config.teachers.proxy = common.encoder_teacher("eupe_proxy", PYRAMID)
     config.student_resolutions = PYRAMID
     config.adapter.hidden_dim = 3072
