@@ -3,17 +3,18 @@
 Tactics, for a kernel of [..., inputs, outputs] (stacked layers come first and are never cut: a loop over layers would
 gather them all):
 
-    fsdp       one axis over `fsdp`; devices gather it where it is used
-    column     outputs over `tensor`, each device computing its own; the other axis over `fsdp`
-    row        inputs over `tensor`, which the outputs are summed over; the other axis over `fsdp`
-    inputs     inputs over `fsdp` and `tensor` together, gathered where it is used: for kernels whose columns a step
+    fsdp       inputs over `fsdp`, or else outputs; devices gather the kernel where it is used
+    column     outputs over `tensor`, each device computing its own; cut over `fsdp` as well
+    row        inputs over `tensor`, which the outputs are summed over; cut over `fsdp` as well
+    inputs     inputs over `tensor` and `fsdp` together, gathered where it is used: for kernels whose columns a step
                puts into another order, which would travel between devices if they were cut
     replicate  whole on every device
 
-What an axis is cut into must be whole tiles. A TPU keeps matrices in tiles of 8 rows and puts the cut axis on rows; a
-shard of 12 rows is padded to 16 on the network, and taking the padding out again is a chain of copies and permutes
-between neighbours (compiled for v5e, v5p and v6e: a reduce-scatter of 12-row shards over 128 chips brings 32 permutes).
-A kernel without such an axis stays whole. Shards of whole lanes (128) are preferred where there is a choice.
+Two things were learnt from programs compiled for v5e, v5p and v6e. What an axis is cut into must be whole tiles of 8
+rows: a shard of 12 rows is padded to 16 on the network, and taking the padding out again is a chain of copies and
+permutes between neighbours (32 for one reduce-scatter over 128 chips). A kernel without such an axis stays whole. And
+inputs come first: gradients cut on their outputs into whole lanes (multiples of 128) are summed whole on v5p, in an
+all-reduce, and cut afterwards.
 
 An axis over every chip of a slice is another trap, which no rule here can avoid: on whole tori the compiler makes each
 all-gather an all-reduce of the whole weight, whatever the shards. Leave `data` at least two in each slice.
@@ -21,7 +22,7 @@ all-gather an all-reduce of the whole weight, whatever the shards. Leave `data` 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ RULES: Rules = (
 TACTICS = ("fsdp", "column", "row", "inputs", "replicate")
 
 MIN_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
-TILE, LANES = 8, 128
+TILE = 8
 
 
 def path_name(path: tuple) -> str:
@@ -51,27 +52,25 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def _cut(shape: tuple[int, ...], tactic: str, sizes: dict[str, int]) -> PartitionSpec:
+def _cut(shape: tuple[int, ...], tactic: str, sizes: Mapping[str, int]) -> PartitionSpec:
     """The spec of an array of at least two axes under one of the tactics that cut."""
-    cut: list[tuple[str, ...]] = [()] * len(shape)
     inputs, outputs = len(shape) - 2, len(shape) - 1
-    fixed = {"column": outputs, "row": inputs}.get(tactic)
-    if fixed is not None and sizes["tensor"] > 1 and shape[fixed] % (sizes["tensor"] * TILE) == 0:
-        cut[fixed] = ("tensor",)
-    over = ("fsdp", "tensor") if tactic == "inputs" else ("fsdp",)
-    axes = [inputs] if tactic == "inputs" else [a for a in (inputs, outputs) if not cut[a]]
-    axis = _best_axis(shape, axes, math.prod(sizes[name] for name in over))
-    if axis is not None:
-        cut[axis] = tuple(name for name in over if sizes[name] > 1)
-    if not any(cut):
+    cut: dict[int, tuple[str, ...]] = {inputs: (), outputs: ()}
+
+    def fits(axis: int, *names: str) -> bool:
+        return shape[axis] % (math.prod(sizes[name] for name in (*cut[axis], *names)) * TILE) == 0
+
+    tensor = {"column": outputs, "row": inputs, "inputs": inputs}.get(tactic)
+    if tensor is not None and sizes["tensor"] > 1 and fits(tensor, "tensor"):
+        cut[tensor] = ("tensor",)
+    for axis in (inputs,) if tactic == "inputs" else (inputs, outputs):
+        if sizes["fsdp"] > 1 and fits(axis, "fsdp"):
+            cut[axis] += ("fsdp",)
+            break
+    if not any(cut.values()):
         return PartitionSpec()
-    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in cut))
-
-
-def _best_axis(shape: tuple[int, ...], axes: Sequence[int], shards: int) -> int | None:
-    """The axis that makes whole lanes, else the largest; ties go to the later. None where none makes whole tiles."""
-    fits = [axis for axis in axes if shards > 1 and shape[axis] % (shards * TILE) == 0]
-    return max(fits, key=lambda a: (shape[a] // shards % LANES == 0, shape[a], a), default=None)
+    ends = (names if len(names) > 1 else names[0] if names else None for names in cut.values())
+    return PartitionSpec(*[None] * inputs, *ends)
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
@@ -87,7 +86,7 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
                 raise ValueError(f"sharding rule {pattern!r} names an unknown tactic {tactic!r}: use one of {known}")
             if tactic == "replicate" or len(shape) < 2 or math.prod(shape) < MIN_ELEMENTS:
                 return PartitionSpec()
-            return _cut(shape, tactic, dict(mesh.shape))
+            return _cut(shape, tactic, mesh.shape)
     raise ValueError(f"no sharding rule matches {name!r}: end the rules with ('.*', 'replicate')")
 
 

@@ -10,8 +10,7 @@ from eupe_jax.sharding.rules import TILE, shardings, spec_for
 
 def test_first_rule_wins_and_small_or_odd_arrays_stay_whole():
     mesh = make_mesh(fsdp=4)
-    assert spec_for("blocks/mlp/fc1/kernel", (12, 192, 768), mesh) == P(None, None, "fsdp")
-    assert spec_for("blocks/mlp/fc2/kernel", (12, 768, 192), mesh) == P(None, "fsdp", None)
+    assert spec_for("blocks/mlp/fc1/kernel", (12, 192, 768), mesh) == P(None, "fsdp", None)
     assert spec_for("blocks/mlp/fc1/bias", (12, 768), mesh) == P()
     assert spec_for("x/kernel", (8, 8), mesh) == P()
     assert spec_for("x/kernel", (1001, 1003), mesh) == P()
@@ -19,18 +18,19 @@ def test_first_rule_wins_and_small_or_odd_arrays_stay_whole():
     assert spec_for("blocks/mlp/fc1/kernel", (12, 192, 768), mesh, rules) == P()
 
 
-def test_shards_are_whole_tiles_and_lanes_where_there_is_a_choice():
+def test_shards_are_whole_tiles_of_inputs_before_outputs():
     mesh = make_mesh(fsdp=8)
     # 192 / 8 = 24 rows are three tiles, 96 / 8 = 12 are one and a half
-    assert spec_for("x/kernel", (1001, 192), mesh) == P(None, "fsdp")
+    assert spec_for("x/kernel", (192, 4096), mesh) == P("fsdp", None)
+    assert spec_for("x/kernel", (96, 4096), mesh) == P(None, "fsdp")
     assert spec_for("x/kernel", (1001, 96), mesh) == P()
-    # the larger axis, but rather 128 lanes of the smaller
-    assert spec_for("x/kernel", (576, 1152), mesh) == P(None, "fsdp")
-    assert spec_for("x/kernel", (1024, 1152), mesh) == P("fsdp", None)
     # layers are never cut, nor are convolutions
     assert spec_for("blocks/x/kernel", (4096, 20, 20), mesh) == P()
     assert spec_for("params/downsample_1/conv/kernel", (2, 2, 512, 1024), mesh) == P()
     assert spec_for("params/patch_embed/kernel", (16, 16, 3, 1536), mesh) == P()
+    # columns of the joint projection are put into another order within the step
+    assert spec_for("params/blocks/attn/qkv/kernel", (12, 192, 576), mesh) == P(None, "fsdp", None)
+    assert spec_for("params/blocks/attn/qkv/kernel", (12, 96, 576), mesh) == P()
 
 
 def test_tensor_cuts_outputs_then_inputs():
@@ -38,11 +38,11 @@ def test_tensor_cuts_outputs_then_inputs():
     layer = (12, 512, 2048)
     assert spec_for("params/blocks/mlp/fc1/kernel", layer, mesh) == P(None, "fsdp", "tensor")
     assert spec_for("params/blocks/mlp/w2/kernel", layer, mesh) == P(None, "fsdp", "tensor")
-    assert spec_for("params/blocks/mlp/fc2/kernel", (12, 2048, 512), mesh) == P(None, "tensor", "fsdp")
-    assert spec_for("params/blocks/attn/proj/kernel", (12, 512, 512), mesh) == P(None, "tensor", "fsdp")
+    assert spec_for("params/blocks/mlp/fc2/kernel", (12, 2048, 512), mesh) == P(None, ("tensor", "fsdp"), None)
+    assert spec_for("params/blocks/attn/proj/kernel", (12, 512, 512), mesh) == P(None, ("tensor", "fsdp"), None)
     assert spec_for("params/adapters/proxy_cls/fc1/kernel", (512, 3072), mesh) == P("fsdp", "tensor")
-    assert spec_for("params/blocks/attn/qkv/kernel", (12, 512, 1536), mesh) == P(None, ("fsdp", "tensor"), None)
-    # outputs that a tensor group cannot share evenly are cut by fsdp alone
+    assert spec_for("params/blocks/attn/qkv/kernel", (12, 512, 1536), mesh) == P(None, ("tensor", "fsdp"), None)
+    # what a tensor group cannot share in whole tiles is cut by fsdp alone
     assert spec_for("params/head/fc1/kernel", (512, 1000), mesh) == P("fsdp", None)
 
 
@@ -74,7 +74,7 @@ def test_optimizer_moments_follow_their_parameters():
     tree = {"mu": {"fc": {"kernel": jnp.zeros((128, 256))}}, "params": {"fc": {"kernel": jnp.zeros((128, 256))}}}
     placed = shardings(tree, mesh)
     assert placed["mu"]["fc"]["kernel"] == placed["params"]["fc"]["kernel"]
-    assert placed["mu"]["fc"]["kernel"].spec == P(None, "fsdp")
+    assert placed["mu"]["fc"]["kernel"].spec == P("fsdp", None)
 
 
 def test_errors_name_the_rule():
