@@ -58,7 +58,7 @@ def row(recipe: str, topology: str, plan: dict) -> tuple[str, ...]:
         f"{plan['images_per_second']:,.0f}" if timed else "", f"{plan['days']:.1f}" if timed else "",
         f"{plan['chip_hours']:,.0f}" if timed else "",
         report.milliseconds(sum(p["exposed_seconds"] for p in plan["pairs"]) / len(plan["pairs"])) if timed else "",
-        f"{compile_seconds:.0f} s, {rss / 2**30:.1f} GiB", plan["date"], "; ".join(plan["problems"]) or "none",
+        f"{compile_seconds:.0f} s, {rss / 2**30:.1f} GiB", plan["date"], one_line("; ".join(plan["problems"]) or "none", 80),
     )  # fmt: skip
 
 

@@ -242,13 +242,15 @@ def test_a_failing_variant_stops_no_other_and_every_row_is_kept(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_of_real_plans(tmp_path):
     config = stage2_vitb.get_config("runlocal")
-    cells = list(sweep.variants(config, {"accumulate": (1, 2, 3), "remat": ("none", "full")}))
+    for student in config.students.values():
+        student.remat = "none"
+    cells = list(sweep.variants(config, {"accumulate": (1, 3), "remat": ("none", "full")}))
     rows = sweep.run(config, "x", "v5e:2x2", 1, pairs.choose(config), tmp_path / "cache", cells, tmp_path / "rows")
-    assert len(rows) == 4 and len(list((tmp_path / "rows").iterdir())) == 4
+    assert len(rows) == 3 and len(list((tmp_path / "rows").iterdir())) == 3
     assert [row["variant"]["accumulate"] for row in rows if row["error"]] == [3]  # three do not divide the batch
-    times = [row["plan"]["step_seconds"] for row in rows[:3]]
-    assert times == sorted(times) and all(not row["plan"]["problems"] for row in rows[:3])
-    executed = {row["variant"]["remat"]: row["plan"]["pairs"][0]["executed_flops_per_device"] for row in rows[:3]}
+    times = [row["plan"]["step_seconds"] for row in rows[:2]]
+    assert times == sorted(times) and all(not row["plan"]["problems"] for row in rows[:2])
+    executed = {row["variant"]["remat"]: row["plan"]["pairs"][0]["executed_flops_per_device"] for row in rows[:2]}
     assert traced.RECOMPUTED in executed["full"] and traced.RECOMPUTED not in executed["none"]
 
 
