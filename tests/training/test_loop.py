@@ -42,12 +42,20 @@ def whole_run(tiny_statistics, tmp_path_factory):
 def test_stopped_and_resumed_equals_never_stopped(whole_run, tmp_path):
     config, workdir, state = whole_run
     train(config, tmp_path, stop_at=1)
-    train(config, tmp_path, stop_at=3)
-    resumed = train(config, tmp_path)
+    train(config, tmp_path, stop_at=3, profile=(1, 2))
+    resumed = train(config, tmp_path, profile=(1, 2))
     assert_same(resumed, state)
     whole, parts = (read_metrics(w / "metrics.jsonl") for w in (workdir, tmp_path))
     assert [line["step"] for line in parts] == [1, 2, 3, 4]
     assert whole == parts
+    # how fast it went stands apart
+    timings = read_metrics(tmp_path / "timings.jsonl")
+    assert [line["step"] for line in timings] == [1, 2, 3, 4]
+    assert all(line["performance/tflops_per_device"] > 0 and line["time/step_s"] > 0 for line in timings)
+    (trace,) = (tmp_path / "profile" / "plugins" / "profile" / "steps_2_2").glob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    with pytest.raises(ValueError, match="--profile=9:9: this run ends with step 4"):
+        train(config, tmp_path, profile=(9, 9))
 
 
 def test_training_moves_towards_the_teachers(whole_run):
