@@ -50,6 +50,7 @@ def row(recipe: str, topology: str, plan: dict) -> tuple[str, ...]:
     timed = plan["step_seconds"] is not None
     compile_seconds = sum(pair["compile_seconds"] for pair in plan["pairs"])
     rss = max(pair["compile_rss_bytes"] for pair in plan["pairs"])
+    problems = one_line("; ".join(plan["problems"]) or "none", 80)
     return (
         f"[{recipe}]({file_name(recipe, topology)})", topology, str(plan["batch_size"]),
         f"{plan['hbm_free_fraction']:.0%}" if plan["fits"] else "does not fit",
@@ -58,7 +59,7 @@ def row(recipe: str, topology: str, plan: dict) -> tuple[str, ...]:
         f"{plan['images_per_second']:,.0f}" if timed else "", f"{plan['days']:.1f}" if timed else "",
         f"{plan['chip_hours']:,.0f}" if timed else "",
         report.milliseconds(sum(p["exposed_seconds"] for p in plan["pairs"]) / len(plan["pairs"])) if timed else "",
-        f"{compile_seconds:.0f} s, {rss / 2**30:.1f} GiB", plan["date"], one_line("; ".join(plan["problems"]) or "none", 80),
+        f"{compile_seconds:.0f} s, {rss / 2**30:.1f} GiB", plan["date"], problems,
     )  # fmt: skip
 
 
