@@ -152,6 +152,13 @@ def make_step(
             targets = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), targets)
         return targets
 
+    def loss_of(
+        params: Mapping, student: Student, buffers: Mapping, images: jax.Array, targets: Mapping, rope_key: jax.Array
+    ) -> tuple[jax.Array, dict]:
+        predictions = student.predict(params, buffers, images, resolutions.student, rope_key)
+        value, parts = distillation_loss(predictions, targets, teachers, loss)
+        return scale * value, {"loss": value} | parts
+
     @pinned(mesh)
     def step(state: dict, batch: Mapping, teacher_variables: Mapping, statistics: Mapping) -> tuple[dict, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
@@ -168,17 +175,14 @@ def make_step(
             targets = targets_of(images, part, teacher_variables, statistics)
             gradients, metrics = {}, {}
             for name, student in students.items():
-                buffers = state["students"][name]["buffers"]
-
-                def loss_fn(params: Mapping, student: Student = student, buffers: Mapping = buffers) -> tuple:
-                    predictions = student.predict(params, buffers, images, resolutions.student, rope_key)
-                    value, parts = distillation_loss(predictions, targets, teachers, loss)
-                    return scale * value, {"loss": value} | parts
-
-                gradients[name], parts = jax.grad(loss_fn, has_aux=True)(params[name])
+                given = (student, state["students"][name]["buffers"], images, targets, rope_key)
+                found, parts = jax.grad(loss_of, has_aux=True)(params[name], *given)
+                if placed is not None:  # reduce-scattered at once: nobody holds a whole gradient
+                    found = jax.lax.with_sharding_constraint(found, placed[name]["params"])
+                gradients[name] = found
                 metrics |= {f"{name}/{part}": value for part, value in parts.items()}
-            if placed is not None:  # reduce-scattered at once: nobody holds a whole gradient
-                gradients = jax.lax.with_sharding_constraint(gradients, {k: v["params"] for k, v in placed.items()})
+                if len(gradients) < len(students):  # one student after the other: memory for the activations of one
+                    images, targets, gradients = jax.lax.optimization_barrier((images, targets, gradients))
             return gradients, metrics
 
         positions = jnp.arange(batch["image"].shape[0])

@@ -23,24 +23,22 @@ class TinyRun:
             for name, teacher in self.teachers.items()
         }  # fmt: skip
 
-    def state(self):
-        """A fresh one: steps use its memory again."""
-        return assemble.init_state(self.config, self.students, self.mesh)
-
-    def batch(self):
-        batches = pipeline.batches(self.config, {}, self.mesh, start_step=0)
-        batch = next(batches)
+        self._state = assemble.init_state(config, self.students, self.mesh)
+        batches = pipeline.batches(config, {}, self.mesh, start_step=0)
+        self.batch = next(batches)
         batches.close()
-        return batch
+
+    def state(self):
+        """A copy of the fresh one: steps use its memory again."""
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x), x.sharding), self._state)
 
     def arguments(self):
-        return self.state(), self.batch(), self.variables, self.statistics
+        return self.state(), self.batch, self.variables, self.statistics
 
     def steps(self):
-        state = jax.eval_shape(lambda: assemble.fresh_state(self.config, self.students))
-        return program.make_steps(
-            self.config, self.students, self.teachers, self.mesh, shardings(state, self.mesh)
-        )
+        """Of the config as it now is."""
+        placed = shardings(self._state, self.mesh)
+        return program.make_steps(self.config, self.students, self.teachers, self.mesh, placed)
 
 
 def first_moments(state, student):
