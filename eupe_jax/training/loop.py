@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from eupe_jax.distill import resolutions
+from eupe_jax.distill.teachers import Teacher
 from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.sharding.rules import shardings
 from eupe_jax.training import assemble, pipeline, program, summary
@@ -98,7 +99,7 @@ def train(
     for chosen, step in steps.items():
         LOGGER.info("%s: %s", chosen, summary.describe_memory(step, mesh.devices.flat[0]))
     schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
-    flops = {chosen: step_flops(config, chosen, teachers.by_name).per_image for chosen in coming}
+    flops = count_flops(config, coming, teachers.by_name)
 
     # ---- what it sees
     batches = data.batches(teachers.hosts, mesh, start_step=start)
@@ -186,6 +187,17 @@ def pairs_ahead(config: ConfigDict, start: int, end: int) -> list[resolutions.Re
         if len(found) == len(every):
             break
     return [chosen for chosen in every if chosen in found]
+
+
+def count_flops(
+    config: ConfigDict, coming: Sequence[resolutions.Resolutions], teachers: Mapping[str, Teacher]
+) -> dict[resolutions.Resolutions, int] | None:
+    """Model FLOPs of one image at each combination; None, with a warning, where an encoder cannot be counted."""
+    try:
+        return {chosen: step_flops(config, chosen, teachers).per_image for chosen in coming}
+    except ValueError as error:
+        LOGGER.warning("no MFU: %s", error)
+        return None
 
 
 def in_short(times: Mapping[str, float]) -> dict[str, str]:

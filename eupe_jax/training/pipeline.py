@@ -175,7 +175,11 @@ class Batches:
         counts = np.zeros((len(self._sources), len(REASONS)), np.int32)
         for step in [step for step in self._broken if step < before]:
             counts += self._broken.pop(step)
-        total = process_allgather(counts).reshape(-1, *counts.shape).sum(axis=0)
+        # hosts that make the same images (cut by the tensor axis) count them once
+        first = local_positions(self._sharding, self._sharding.mesh.size)[0]
+        firsts, gathered = process_allgather((np.int32(first), counts))
+        _, distinct = np.unique(firsts, return_index=True)
+        total = gathered.reshape(-1, *counts.shape)[distinct].sum(axis=0)
         return {
             f"data/broken/{self._sources[source]}/{REASONS[kind]}".replace(" ", "_"): int(total[source, kind])
             for source, kind in zip(*np.nonzero(total), strict=True)
