@@ -58,7 +58,7 @@ def test_full_size_runs_are_described_without_a_single_array(recipe, parameters,
     assert batch["image"].shape == (config.batch_size, *(config.data.image_size,) * 2, 3)
     whole = [x for x in jax.tree.leaves(variables) if x.size > 2**21 and x.sharding.is_fully_replicated]
     assert not whole, "teachers are cut as students are"
-    assert {x.dtype for x in jax.tree.leaves(variables) if x.size > 2**20} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(variables) if x.size > 2**21} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_every_pair_is_compiled_and_logged_and_scaled_by_itself():
