@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from eupe_jax.models.depthwise import DepthwiseConv
-from eupe_jax.models.layers import Activation, LayerNorm, check_fit, dense_init, exact_gelu, stack_blocks
+from eupe_jax.models.layers import (
+    Activation,
+    LayerNorm,
+    check_fit,
+    dense_init,
+    exact_gelu,
+    stack_blocks,
+    written_out,
+)
 from eupe_jax.models.spec import EUPE_EXTRAS, EUPE_PREFIXES, EncoderSpec, Family, Layout, Tensor
 
 NORM_EPS = 1e-6
@@ -30,14 +38,16 @@ class Block(nn.Module):
     depthwise: str
     dtype: Any
     gelu: Activation
+    materialize: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         dim = x.shape[-1]
         y = checkpoint_name(DepthwiseConv(self.depthwise, self.dtype, dense_init, name="dwconv")(x), "depthwise")
-        y = LayerNorm(NORM_EPS, self.dtype, name="norm")(y)
+        y = written_out(LayerNorm(NORM_EPS, self.dtype, name="norm")(y), self.materialize)
         y = checkpoint_name(nn.Dense(4 * dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv1")(y), "hidden")
-        y = nn.Dense(dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv2")(self.gelu(y))
+        y = written_out(self.gelu(y), self.materialize)
+        y = nn.Dense(dim, dtype=self.dtype, kernel_init=dense_init, name="pwconv2")(y)
         y = checkpoint_name(y, "branch")
         gamma = self.param("gamma", nn.initializers.constant(self.layerscale_init), (dim,))
         # The factor starts at 1e-6: applied in float32, whatever the compute dtype.
@@ -69,7 +79,7 @@ class ConvNeXt(nn.Module):
       depths, dims: blocks and width of each stage.
       layerscale_init: initial value of every block's `gamma`.
       depthwise: "conv", or "matmul", which is many times faster on CPUs (see depthwise.py).
-      dtype, residual_dtype, remat, scan_unroll, gelu: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, gelu, materialize: as for `vit.VisionTransformer`.
     """
 
     depths: Sequence[int] = (3, 3, 9, 3)
@@ -81,6 +91,7 @@ class ConvNeXt(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     gelu: Activation = exact_gelu
+    materialize: bool = False
 
     @nn.compact
     def features(
@@ -120,7 +131,9 @@ class ConvNeXt(nn.Module):
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
             x = Downsample(dim, 2 if s else 4, bool(s), self.dtype, name=f"downsample_{s}")(x)
             stage = stack_blocks(Block, depth, remat=self.remat, unroll=self.scan_unroll)
-            stage = stage(self.layerscale_init, self.depthwise, self.dtype, self.gelu, name=f"stages_{s}")
+            stage = stage(
+                self.layerscale_init, self.depthwise, self.dtype, self.gelu, self.materialize, name=f"stages_{s}"
+            )
             x, _ = stage(x.astype(self.residual_dtype))
             maps.append(x)
         norm = LayerNorm(NORM_EPS, name="norm")

@@ -32,7 +32,7 @@ class Dune(nn.Module):
       final_norm: whether outputs pass the final norm, as the encoder alone returns them. The authors trained their
         projectors on tokens that do not.
       position_offset, position_antialias: of the interpolation, see `resize.resize_positions`.
-      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu, materialize: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -53,6 +53,7 @@ class Dune(nn.Module):
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
     gelu: Activation = exact_gelu
+    materialize: bool = False
 
     @nn.compact
     def features(self, images: jax.Array, *, train: bool = False, layers: Sequence[int] = ()) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class Dune(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             gelu=self.gelu,
+            materialize=self.materialize,
             collect=bool(layers),
             name="blocks",
         )

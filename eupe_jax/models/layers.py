@@ -172,10 +172,12 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
     rotation: Rotation | None = HALVES
+    materialize: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
         dim = x_BxTxD.shape[-1]
+        x_BxTxD = written_out(x_BxTxD, self.materialize)
         qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")
         fused = isinstance(self.attention_fn, FusedAttention)
         if fused and self.attention_fn.fits(self.num_heads, dim // self.num_heads, x_BxTxD.shape[1]):
@@ -219,37 +221,51 @@ def tanh_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def written_out(x: jax.Array, materialize: bool) -> jax.Array:
+    """x, computed and stored before anything reads it, if `materialize`.
+
+    Left to itself the compiler may merge a norm or an activation into the matrix product behind it, which then computes
+    it again for every tile: on TPUs with fast matrix units that takes longer than the product.
+    """
+    return jax.lax.optimization_barrier(x) if materialize else x
+
+
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear. materialize: see `written_out`."""
 
     hidden: int
     use_bias: bool = True
     dtype: Any = jnp.float32
     gelu: Activation = exact_gelu
+    materialize: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def dense(width, name):
             return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
 
-        hidden = checkpoint_name(dense(self.hidden, "fc1")(x), "hidden")
-        return checkpoint_name(dense(x.shape[-1], "fc2")(self.gelu(hidden)), "branch")
+        hidden = checkpoint_name(dense(self.hidden, "fc1")(written_out(x, self.materialize)), "hidden")
+        activated = written_out(self.gelu(hidden), self.materialize)
+        return checkpoint_name(dense(x.shape[-1], "fc2")(activated), "branch")
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x)."""
+    """w3(silu(w1 x) * w2 x). materialize: see `written_out`."""
 
     hidden: int
     use_bias: bool = True
     dtype: Any = jnp.float32
+    materialize: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def dense(width, name):
             return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
 
+        x = written_out(x, self.materialize)
         gate, value = (checkpoint_name(dense(self.hidden, name)(x), "hidden") for name in ("w1", "w2"))
-        return checkpoint_name(dense(x.shape[-1], "w3")(jax.nn.silu(gate) * value), "branch")
+        gated = written_out(jax.nn.silu(gate) * value, self.materialize)
+        return checkpoint_name(dense(x.shape[-1], "w3")(gated), "branch")
 
 
 FFN_LAYERS = {"mlp": None, "swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
@@ -271,13 +287,13 @@ def ffn_hidden(ffn_layer: str, dim: int, ratio: float) -> int:
 
 
 def feed_forward(
-    ffn_layer: str, dim: int, ratio: float, use_bias: bool, dtype: Any, gelu: Activation, name: str
+    ffn_layer: str, dim: int, ratio: float, use_bias: bool, dtype: Any, gelu: Activation, materialize: bool, name: str
 ) -> nn.Module:
     """The feed-forward module that `ffn_layer` names ("mlp", which takes `gelu`, "swiglu", "swiglu64", ...)."""
     hidden = ffn_hidden(ffn_layer, dim, ratio)
     if ffn_layer == "mlp":
-        return Mlp(hidden, use_bias, dtype, gelu, name=name)
-    return SwiGLU(hidden, use_bias, dtype, name=name)
+        return Mlp(hidden, use_bias, dtype, gelu, materialize, name=name)
+    return SwiGLU(hidden, use_bias, dtype, materialize, name=name)
 
 
 def check_fit(images_BxHxWxC: jax.Array, multiple: int) -> None:

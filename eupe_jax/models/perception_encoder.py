@@ -70,7 +70,7 @@ class PerceptionEncoder(nn.Module):
       cls_output: the encoder's "cls": "pool" (pooled, before the projection), "proj" (projected, the embedding that is
         compared with text) or "none". EUPE §3.2 gives class and patch targets one width, which only "pool" has.
       patch_output: the encoder's "patches": after the final norm ("norm") or before it ("raw").
-      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu, materialize: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -93,6 +93,7 @@ class PerceptionEncoder(nn.Module):
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
     gelu: Activation = exact_gelu
+    materialize: bool = False
 
     @nn.compact
     def features(
@@ -138,6 +139,7 @@ class PerceptionEncoder(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             gelu=self.gelu,
+            materialize=self.materialize,
             collect=bool(layers),
             name="blocks",
         )

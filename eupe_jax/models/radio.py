@@ -37,7 +37,7 @@ class Radio(nn.Module):
       summary: which of them make the encoder's "cls", in this order.
       num_registers: registers, the encoder's "storage".
       align_corners: whether the ends of the shrunk position table are the ends of the table (see above).
-      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu, materialize: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -57,6 +57,7 @@ class Radio(nn.Module):
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
     gelu: Activation = exact_gelu
+    materialize: bool = False
 
     @nn.compact
     def features(self, images: jax.Array, *, train: bool = False, layers: Sequence[int] = ()) -> dict[str, Any]:
@@ -94,6 +95,7 @@ class Radio(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             gelu=self.gelu,
+            materialize=self.materialize,
             collect=bool(layers),
             name="blocks",
         )

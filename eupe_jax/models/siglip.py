@@ -29,7 +29,7 @@ class SiglipVision(nn.Module):
       mlp_dim: hidden width of the feed-forward layers, the pool's included.
       num_heads: heads of the blocks and of the pool.
       image_size: native side in pixels; fixes the size of the position table, other sizes interpolate it.
-      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu: as for `vit.VisionTransformer`.
+      dtype, residual_dtype, remat, scan_unroll, attention_fn, gelu, materialize: as for `vit.VisionTransformer`.
     """
 
     width: int
@@ -45,6 +45,7 @@ class SiglipVision(nn.Module):
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
     gelu: Activation = tanh_gelu
+    materialize: bool = False
 
     @nn.compact
     def features(
@@ -84,6 +85,7 @@ class SiglipVision(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             gelu=self.gelu,
+            materialize=self.materialize,
             collect=bool(layers),
             name="blocks",
         )

@@ -20,6 +20,7 @@ class Block(nn.Module):
     norm_eps: float = 1e-5
     rotation: Rotation | None = None
     gelu: Activation = exact_gelu
+    materialize: bool = False
     dtype: Any = jnp.float32
     attention_fn: AttentionFn | None = None
     collect: bool = False
@@ -32,9 +33,9 @@ class Block(nn.Module):
         stream = x.dtype
         attn = Attention(
             self.num_heads, mask_k_bias=False, dtype=self.dtype, attention_fn=self.attention_fn,
-            rotation=self.rotation, name="attn",
+            rotation=self.rotation, materialize=self.materialize, name="attn",
         )
-        mlp = Mlp(self.mlp_dim, dtype=self.dtype, gelu=self.gelu, name="mlp")
+        mlp = Mlp(self.mlp_dim, dtype=self.dtype, gelu=self.gelu, materialize=self.materialize, name="mlp")
         y = attn(LayerNorm(self.norm_eps, self.dtype, name="norm1")(x), *rope)
         x = (x + scaled(y, "ls1")).astype(stream)
         y = mlp(LayerNorm(self.norm_eps, self.dtype, name="norm2")(x))

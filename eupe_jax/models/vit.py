@@ -43,15 +43,19 @@ class Block(nn.Module):
     dtype: Any
     attention_fn: AttentionFn | None
     gelu: Activation
+    materialize: bool
     collect: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, sin: jax.Array, cos: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         dim, stream = x.shape[-1], x.dtype
         attn = Attention(
-            self.num_heads, self.qkv_bias, self.mask_k_bias, self.proj_bias, self.dtype, self.attention_fn, name="attn"
+            self.num_heads, self.qkv_bias, self.mask_k_bias, self.proj_bias, self.dtype, self.attention_fn,
+            materialize=self.materialize, name="attn",
+        )  # fmt: skip
+        mlp = feed_forward(
+            self.ffn_layer, dim, self.ffn_ratio, self.ffn_bias, self.dtype, self.gelu, self.materialize, name="mlp"
         )
-        mlp = feed_forward(self.ffn_layer, dim, self.ffn_ratio, self.ffn_bias, self.dtype, self.gelu, name="mlp")
 
         def scaled(branch, name):
             return branch if self.layerscale_init is None else Scale(self.layerscale_init, name=name)(branch)
@@ -78,6 +82,7 @@ class VisionTransformer(nn.Module):
       remat, scan_unroll: see `layers.stack_blocks`.
       attention_fn: replaces plain attention; (q, k, v), each [B, T, heads, head_dim], -> the same shape.
       gelu: activation of the feed-forward layers, where they have that one.
+      materialize: see `layers.written_out`; changes no result.
     """
 
     embed_dim: int = 768
@@ -108,6 +113,7 @@ class VisionTransformer(nn.Module):
     scan_unroll: int = 1
     attention_fn: AttentionFn | None = None
     gelu: Activation = exact_gelu
+    materialize: bool = False
 
     @nn.compact
     def features(
@@ -170,6 +176,7 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             gelu=self.gelu,
+            materialize=self.materialize,
             collect=bool(layers),
             name="blocks",
         )

@@ -22,10 +22,10 @@ ATTENTION = ("auto", "fused", "cudnn", "plain")
 TEACHER_GELU = ("auto", "exact", "tanh")
 ASYNC_COLLECTIVES = ("auto", "on", "off")
 
-# Chips whose compiler computes erf again for every tile of the matmul that reads it (the cost of the MLP
-# doubles), and those where it must be told to write the activation out instead.
-_TANH = ("v5p", "v6e")
-_KEPT = ("v6e",)
+# Chips whose compiler merges norms and activations into the matrix products behind them, and computes them once a tile.
+_MATERIALIZE = ("v5p", "v6e")
+# Where erf costs more than the accuracy of tanh is worth: nowhere once it is computed once.
+_TANH = ()
 # v5e gathers ahead of time unasked.
 _ASYNC = ("v5p", "v6e")
 ASYNC_OPTIONS = {
@@ -46,7 +46,11 @@ def model_fields(compute: ConfigDict, mesh: Mesh, model: str, *, frozen: bool) -
     """
     check(compute)
     known = zoo.family(model).module.__dataclass_fields__
-    fields = {"attention_fn": attention_fn(compute.attention, mesh), "gelu": _gelu(compute, mesh, model, frozen)}
+    fields = {
+        "attention_fn": attention_fn(compute.attention, mesh),
+        "gelu": _gelu(compute, mesh, model, frozen),
+        "materialize": _chip(mesh) in _MATERIALIZE or None,
+    }
     return {name: value for name, value in fields.items() if value is not None and name in known}
 
 
@@ -100,19 +104,6 @@ def cudnn_where_it_fits(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: j
     return attend(q_BxTxHxD, k_BxTxHxD, v_BxTxHxD)
 
 
-def kept(gelu: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`gelu` of x, written out once: the compiler may not compute it again inside the matmul that reads it."""
-    return jax.lax.optimization_barrier(gelu(x))
-
-
-def tanh_gelu_kept(x: jax.Array) -> jax.Array:
-    return kept(tanh_gelu, x)
-
-
-def exact_gelu_kept(x: jax.Array) -> jax.Array:
-    return kept(exact_gelu, x)
-
-
 def _chip(mesh: Mesh) -> str:
     """Its name among `chips.CHIPS`, "" for other devices."""
     chip = chip_of(mesh.devices.flat[0])
@@ -127,6 +118,4 @@ def _gelu(compute: ConfigDict, mesh: Mesh, model: str, frozen: bool) -> Callable
     choice = compute.teacher_gelu if frozen else "exact"
     if choice == "auto":
         choice = "tanh" if _chip(mesh) in _TANH else "exact"
-    if _chip(mesh) in _KEPT:
-        return {"exact": exact_gelu_kept, "tanh": tanh_gelu_kept}[choice]
     return {"exact": exact_gelu, "tanh": tanh_gelu}[choice]
