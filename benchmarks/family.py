@@ -25,8 +25,9 @@ SIDE = 128
 FAMILY = "family"
 
 
-def reduced(batch: int, narrow: int = NARROW, side: int = SIDE) -> ConfigDict:
-    """configs/stage2_family.py with narrow models and small pictures, on one device; depths are as published."""
+def reduced(batch: int, side: int = SIDE, *, shallow: bool = False) -> ConfigDict:
+    """configs/stage2_family.py with narrow models and small pictures, on one device; depths are as published, or as
+    small as they can be where `shallow` (a toy, to try the code)."""
     from configs import common, stage2_family
     from eupe_jax.models import zoo
 
@@ -35,15 +36,17 @@ def reduced(batch: int, narrow: int = NARROW, side: int = SIDE) -> ConfigDict:
         for entry in (*config.students.values(), *config.teachers.values()):
             spec = zoo.spec(entry.model)
             if spec.family == "vit":
-                entry.overrides = ConfigDict({"embed_dim": spec.kwargs["embed_dim"] // narrow})
+                entry.overrides = ConfigDict({"embed_dim": spec.kwargs["embed_dim"] // NARROW})
             else:
-                dims = tuple(dim // narrow for dim in spec.kwargs["dims"])
+                dims = tuple(dim // NARROW for dim in spec.kwargs["dims"])
                 entry.overrides = ConfigDict({"dims": dims, "depthwise": "matmul"})
+            if shallow:
+                entry.overrides.update({"depth": 1} if spec.family == "vit" else {"depths": (1, 1, 1, 1)})
             entry.dtype = "float32"
         config.teachers.proxy.resolutions, config.teachers.proxy.checkpoint = (side,), "random"
         config.student_resolutions, config.data.image_size, config.batch_size = (side,), side, batch
         config.data.sources = ConfigDict({"synthetic": common.source("synthetic", "", size=side)})
-        config.adapter.hidden_dim //= narrow
+        config.adapter.hidden_dim //= NARROW
         config.mesh.fsdp, config.data.threads = 1, 1
     return config.lock()
 
