@@ -272,19 +272,29 @@ def mesh_axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
 # ---- what should not be there
 
 
-def whole_weight_all_reduces(collectives: Iterable[Collective], shapes: Iterable[tuple[int, ...]]) -> list[Collective]:
+def whole_weight_all_reduces(
+    collectives: Iterable[Collective], shapes: Iterable[tuple[int, ...]], cut_over: Sequence[str] = ("fsdp", "tensor")
+) -> list[Collective]:
     """All-reduces whose payload holds a whole weight (or its gradient) although the weight is cut over devices.
 
     Each should have been a reduce-scatter, which moves half the bytes and leaves each device what it keeps. (A
-    reduce-scatter that the compiler wrote as a fusion of an all-reduce counts as one.)
+    reduce-scatter that the compiler wrote as a fusion of an all-reduce counts as one.) The gradient of a whole weight
+    is summed over the axes that the weight is cut over, too: a sum over others alone is of a shard, whatever its shape.
 
     Args:
       shapes: of the parameters that are cut; stacked ones also count a layer at a time.
+      cut_over: mesh axes that parameters are cut over; told apart where the axes of collectives are known.
     """
     whole = set()
     for shape in shapes:
         whole.update({_bare(shape), _bare(shape[1:])} if len(shape) > 2 else {_bare(shape)})
-    return [c for c in collectives if c.kind == "all-reduce" and any(_bare(dims) in whole for dims in c.shapes)]
+    return [
+        c
+        for c in collectives
+        if c.kind == "all-reduce"
+        and (not c.axes or set(c.axes) & set(cut_over))
+        and any(_bare(dims) in whole for dims in c.shapes)
+    ]
 
 
 def _bare(dims: Sequence[int]) -> tuple[int, ...]:

@@ -147,3 +147,14 @@ def test_all_reduces_of_whole_weights_are_found():
     assert whole_weight_all_reduces([found], [(1024, 512), (1024,)]) == []
     (several,) = whole_weight_all_reduces(costs("replicated_gradients_v5e").collectives, weights)
     assert len(several.shapes) == 3
+
+
+def test_a_sum_of_shards_is_no_whole_weight_although_another_has_its_shape():
+    """1024 x 256 is what a device keeps of 1024 x 1024, summed over data; another weight may be as large whole."""
+    shards = [(1024, 256)]
+    mesh = {"data": 2, "fsdp": 4}
+    assert len(whole_weight_all_reduces(costs("fsdp_gradient_v5e").collectives, shards)) == 1  # axes unknown
+    named = estimate(hlo_text("fsdp_gradient_v5e"), V5E, mesh=mesh).collectives
+    assert whole_weight_all_reduces(named, shards) == []
+    named = estimate(hlo_text("fsdp_gradient_whole_v5e"), V5E, mesh={"data": 1, "fsdp": 8}).collectives
+    assert len(whole_weight_all_reduces(named, [(6, 1024, 1024)])) == 1
