@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eupe_jax.sharding.mesh import BATCH_AXES, data_shards
 
-# Modules whose channels are the same on every device of a tensor group: the norms that a residual stream goes through.
-# Between them, and inside adapters, the parameters' cuts over `tensor` decide.
-WHOLE = re.compile(r"(?<!_cls/)(?<!_patches/)norm\w*$")
+# Modules that take, or give, channels which a tensor group may have cut: between a kernel cut on its outputs and the
+# next one, cut on its inputs. Everywhere else the channels are the same on every device of a group.
+CUT_INPUTS = re.compile(r"(/(proj|fc2|w3|pwconv2)|_(cls|patches)/norm)$")
+CUT_OUTPUTS = re.compile(r"(/(qkv|fc1|w1|w2|pwconv1)|_(cls|patches)/norm)$")
 
 
 @contextlib.contextmanager
@@ -34,17 +35,18 @@ def pinned(mesh: Mesh | None) -> Iterator[None]:
     def interceptor(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__" or not args or getattr(args[0], "ndim", 0) < 2:
             return call(*args, **kwargs)
-        images = args[0].shape[0]
-        rest = None if WHOLE.search("/".join(context.module.path)) else PartitionSpec.UNCONSTRAINED
+        images, path = args[0].shape[0], "/".join(context.module.path)
 
-        def pin(x: Any) -> Any:
-            # one image of a teacher's own initialisation, or a table: no batch
+        def pin(x: Any, may_be_cut: bool) -> Any:
+            # one image of a model that is initialised, or a table: no batch
             if getattr(x, "ndim", 0) < 2 or x.shape[0] != images or images % data_shards(mesh):
                 return x
+            rest = PartitionSpec.UNCONSTRAINED if may_be_cut else None
             spec = PartitionSpec(BATCH_AXES, *[rest] * (x.ndim - 1))
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-        return jax.tree.map(pin, call(pin(args[0]), *args[1:], **kwargs))
+        outputs = call(pin(args[0], bool(CUT_INPUTS.search(path))), *args[1:], **kwargs)
+        return jax.tree.map(lambda x: pin(x, bool(CUT_OUTPUTS.search(path))), outputs)
 
     with nn.intercept_methods(interceptor):
         yield

@@ -4,10 +4,11 @@ Tactics, for a kernel of [..., inputs, outputs] (stacked layers come first and a
 gather them all):
 
     fsdp       inputs over `fsdp`, or else outputs; devices gather the kernel where it is used
-    column     outputs over `tensor`, each device computing its own; cut over `fsdp` as well
-    row        inputs over `tensor`, which the outputs are summed over; cut over `fsdp` as well
-    inputs     inputs over `tensor` and `fsdp` together, gathered where it is used: for kernels whose columns a step
-               puts into another order, which would travel between devices if they were cut
+    column     outputs over `tensor`, each device computing its own; inputs over `fsdp`
+    row        inputs over `tensor`, which the outputs are summed over; outputs over `fsdp`
+    joint      queries, keys and values in one kernel, always gathered where it is used. Inputs over `fsdp`: a step may
+               put the columns into another order, and cut ones would travel. In tensor groups, where it does not,
+               outputs over both axes: their parts are no heads, and inputs would be multiplied in parts
     replicate  whole on every device
 
 Two things were learnt from programs compiled for v5e, v5p and v6e. What an axis is cut into must be whole tiles of 8
@@ -37,11 +38,11 @@ RULES: Rules = (
     (r"/(patch_embed|conv|dwconv)/kernel$", "replicate"),
     (r"/(fc1|w1|w2|pwconv1)/kernel$", "column"),
     (r"/(proj|fc2|w3|pwconv2)/kernel$", "row"),
-    (r"/qkv/kernel$", "inputs"),
+    (r"/qkv/kernel$", "joint"),
     (r"/kernel$", "fsdp"),
     (r".*", "replicate"),
 )
-TACTICS = ("fsdp", "column", "row", "inputs", "replicate")
+TACTICS = ("fsdp", "column", "row", "joint", "replicate")
 
 MIN_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
 TILE = 8
@@ -55,22 +56,24 @@ def path_name(path: tuple) -> str:
 def _cut(shape: tuple[int, ...], tactic: str, sizes: Mapping[str, int]) -> PartitionSpec:
     """The spec of an array of at least two axes under one of the tactics that cut."""
     inputs, outputs = len(shape) - 2, len(shape) - 1
-    cut: dict[int, tuple[str, ...]] = {inputs: (), outputs: ()}
+    cut: dict[int, str | None] = {inputs: None, outputs: None}
 
-    def fits(axis: int, *names: str) -> bool:
-        return shape[axis] % (math.prod(sizes[name] for name in (*cut[axis], *names)) * TILE) == 0
+    def fits(axis: int, name: str) -> bool:
+        return sizes[name] > 1 and shape[axis] % (sizes[name] * TILE) == 0
 
-    tensor = {"column": outputs, "row": inputs, "inputs": inputs}.get(tactic)
-    if tensor is not None and sizes["tensor"] > 1 and fits(tensor, "tensor"):
-        cut[tensor] = ("tensor",)
-    for axis in (inputs,) if tactic == "inputs" else (inputs, outputs):
-        if sizes["fsdp"] > 1 and fits(axis, "fsdp"):
-            cut[axis] += ("fsdp",)
+    if tactic == "joint":
+        if sizes["tensor"] > 1 and shape[outputs] % (sizes["fsdp"] * sizes["tensor"] * TILE) == 0:
+            return PartitionSpec(*[None] * outputs, ("fsdp", "tensor"))
+        return PartitionSpec(*[None] * inputs, "fsdp", None) if fits(inputs, "fsdp") else PartitionSpec()
+    # One axis over both would be gathered over both: nothing would be computed in parts.
+    tensor = {"column": outputs, "row": inputs}.get(tactic)
+    if tensor is not None and fits(tensor, "tensor"):
+        cut[tensor] = "tensor"
+    for axis in (inputs, outputs):
+        if cut[axis] is None and fits(axis, "fsdp"):
+            cut[axis] = "fsdp"
             break
-    if not any(cut.values()):
-        return PartitionSpec()
-    ends = (names if len(names) > 1 else names[0] if names else None for names in cut.values())
-    return PartitionSpec(*[None] * inputs, *ends)
+    return PartitionSpec(*[None] * inputs, *cut.values()) if any(cut.values()) else PartitionSpec()
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:

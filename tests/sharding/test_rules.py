@@ -38,10 +38,10 @@ def test_tensor_cuts_outputs_then_inputs():
     layer = (12, 512, 2048)
     assert spec_for("params/blocks/mlp/fc1/kernel", layer, mesh) == P(None, "fsdp", "tensor")
     assert spec_for("params/blocks/mlp/w2/kernel", layer, mesh) == P(None, "fsdp", "tensor")
-    assert spec_for("params/blocks/mlp/fc2/kernel", (12, 2048, 512), mesh) == P(None, ("tensor", "fsdp"), None)
-    assert spec_for("params/blocks/attn/proj/kernel", (12, 512, 512), mesh) == P(None, ("tensor", "fsdp"), None)
+    assert spec_for("params/blocks/mlp/fc2/kernel", (12, 2048, 512), mesh) == P(None, "tensor", "fsdp")
+    assert spec_for("params/blocks/attn/proj/kernel", (12, 512, 512), mesh) == P(None, "tensor", "fsdp")
     assert spec_for("params/adapters/proxy_cls/fc1/kernel", (512, 3072), mesh) == P("fsdp", "tensor")
-    assert spec_for("params/blocks/attn/qkv/kernel", (12, 512, 1536), mesh) == P(None, ("tensor", "fsdp"), None)
+    assert spec_for("params/blocks/attn/qkv/kernel", (12, 512, 1536), mesh) == P(None, None, ("fsdp", "tensor"))
     # what a tensor group cannot share in whole tiles is cut by fsdp alone
     assert spec_for("params/head/fc1/kernel", (512, 1000), mesh) == P("fsdp", None)
 

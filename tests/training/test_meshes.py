@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from eupe_jax.distill import resolutions
 from eupe_jax.sharding import rules
-from eupe_jax.training import pipeline
-from tests.training.tiny_steps import TinyRun
+from eupe_jax.sharding.mesh import make_mesh
+from eupe_jax.training import assemble, pipeline, program
 
 STEPS, TOLERANCE = 20, 1e-5
+UNIT = (("mean", 0.0), ("std", 1.0))  # statistics
 MESHES = {
     "fsdp": {"fsdp": 4},
     "fsdp+tensor": {"fsdp": 2, "tensor": 2},
@@ -60,22 +61,28 @@ def trained(config: ConfigDict, devices: int, **axes):
     """
     config = copy.deepcopy(config)
     config.mesh.update(axes)
-    run = TinyRun(config, devices)
-    run.students = {
-        name: dataclasses.replace(student, optimizer=keeping_gradients(student.optimizer))
-        for name, student in run.students.items()
+    mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    teachers = assemble.load_teachers(config, mesh)
+    statistics = {
+        name: {stat: {k: np.full(n, value, np.float32) for k, n in teacher.out_dims.items()} for stat, value in UNIT}
+        for name, teacher in teachers.by_name.items()
     }
-    steps, state = run.steps(), run.state()
-    batches, history = pipeline.batches(config, {}, run.mesh, start_step=0), []
+    students = {
+        name: dataclasses.replace(student, optimizer=keeping_gradients(student.optimizer))
+        for name, student in assemble.make_students(config, teachers.by_name, mesh).items()
+    }
+    state = assemble.init_state(config, students, mesh)
+    steps = program.make_steps(config, students, teachers.by_name, mesh, rules.shardings(state, mesh))
+    batches, history = pipeline.batches(config, {}, mesh, start_step=0), []
     for step in range(STEPS):
         chosen = resolutions.choose(config.seed, step, config.student_resolutions, pipeline.teacher_sizes(config))
-        state, metrics = steps[chosen](state, next(batches), run.variables, run.statistics)
-        loss = {name: float(metrics[f"{name}/loss"]) for name in run.students}
+        state, metrics = steps[chosen](state, next(batches), teachers.variables, statistics)
+        loss = {name: float(metrics[f"{name}/loss"]) for name in students}
         gradients = {name: jax.device_get(s["optimizer"][0]["gradients"]) for name, s in state["students"].items()}
         params = {name: jax.device_get(s["params"]) for name, s in state["students"].items()}
-        history.append({name: (loss[name], gradients[name], params[name]) for name in run.students})
+        history.append({name: (loss[name], gradients[name], params[name]) for name in students})
     batches.close()
-    return history, (state, run.variables)
+    return history, (state, teachers.variables)
 
 
 def difference(found, expected) -> float:
