@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from eupe_jax.data.augment import AugmentConfig
+from eupe_jax.distill import resolutions
 from eupe_jax.models import zoo
 
 MODES = ("", "runlocal")
@@ -50,7 +51,7 @@ def base() -> ConfigDict:
     config.loss.patch_smooth_l1 = 0.1  # EUPE §3.2, beta
     config.loss.smooth_l1_beta = 1.0  # ours: PyTorch's default, as in AM-RADIO
     config.loss.shuffle_targets = False  # a control: images get their neighbours' targets
-    # Factor of the loss at each pair of resolutions ("s256_t384": student 256, teacher 384), 1 where none is named.
+    # Factor of the loss at each pair of resolutions ("s256_t384": student 256, teacher 384), where there are several.
     # Ours: 1 for all. Losses are means over tokens, so no pair counts for more by having more of them.
     config.loss.pair_scale = ConfigDict()
 
@@ -200,6 +201,10 @@ def finish(config: ConfigDict, mode: str) -> ConfigDict:
         raise ValueError(f"unknown config mode {mode!r}: use one of {MODES}")
     if mode == "runlocal":
         _shrink(config)
+    teachers = {name: entry.resolutions for name, entry in config.teachers.items()}
+    pairs = resolutions.every(config.student_resolutions, teachers)
+    if len(pairs) > 1:
+        config.loss.pair_scale = ConfigDict({str(pair): 1.0 for pair in pairs})
     return config.lock()
 
 

@@ -87,6 +87,12 @@ def test_figures_of_the_paper(stage):
     assert (config.loss.patch_cosine, config.loss.patch_smooth_l1) == (0.9, 0.1)
 
 
+def test_every_pair_of_stage_3_can_be_given_a_factor():
+    factors = load("stage3_vitb").loss.pair_scale.to_dict()
+    assert factors == {f"s{student}_t{teacher}": 1.0 for student in (256, 384, 512) for teacher in (256, 384, 512)}
+    assert not load("stage2_vitb").loss.pair_scale and not load("stage1_proxy").loss.pair_scale
+
+
 def test_there_are_fifteen_recipes():
     assert len(RECIPES) == 15
 
