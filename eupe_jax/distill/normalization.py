@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from jax.experimental.multihost_utils import process_allgather
 
 from eupe_jax.distill.teacher_spec import TeacherSpec
 
@@ -161,7 +162,8 @@ class Accumulator:
     def add(self, tokens: Mapping[str, jax.Array]) -> None:
         """Adds one batch: {"cls": [B, Dc], "patches": [B, ..., Dp]}; kinds that are absent are skipped."""
         tokens = {k: v for k, v in tokens.items() if k in KINDS}
-        for kind, (mean, variance) in batch_moments(tokens).items():
+        moments = process_allgather(batch_moments(tokens), tiled=True)  # whole, where each host holds a part
+        for kind, (mean, variance) in moments.items():
             new = int(np.prod(tokens[kind].shape[:-1]))
             mean, variance = np.asarray(mean, np.float64), np.asarray(variance, np.float64)
             old = self.count.get(kind, 0)

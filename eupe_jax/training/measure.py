@@ -28,7 +28,7 @@ def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Sta
     check_mesh(config, mesh, jax.process_count())
     teachers = assemble.load_teachers(config, mesh)
     accumulators = {name: Accumulator() for name in teachers.by_name}
-    forward = pipeline.TeacherForward(config, teachers)
+    forward = pipeline.TeacherForward(config, teachers, mesh)
     batches = pipeline.batches(config, teachers.hosts, mesh, start_step=0)
     silent = not distributed.is_main()
     for step in tqdm(range(config.statistics_steps), desc="statistics", unit="batch", disable=silent):

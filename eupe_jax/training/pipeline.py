@@ -20,6 +20,7 @@ from eupe_jax.distill.step import Loss, Student
 from eupe_jax.distill.step import make_step as make_distillation_step
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import zoo
+from eupe_jax.sharding.activations import pinned
 from eupe_jax.sharding.mesh import batch_sharding
 from eupe_jax.training import kernels
 from eupe_jax.training.assemble import Teachers, check_sides
@@ -238,10 +239,10 @@ def make_step(
 class TeacherForward:
     """`forward(step, batch) -> {teacher: targets}`: teachers alone, on the very pixels that training sees at `step`."""
 
-    def __init__(self, config: ConfigDict, teachers: Teachers) -> None:
+    def __init__(self, config: ConfigDict, teachers: Teachers, mesh: Mesh | None = None) -> None:
         self._config, self._teachers = config, teachers
         self._augment = device_augment(config, teachers.by_name)
-        self._run = jax.jit(self._forward, static_argnums=3)
+        self._run = jax.jit(pinned(mesh)(self._forward), static_argnums=3)
 
     def _forward(self, step: jax.Array, batch: Mapping, variables: Mapping, chosen: resolutions.Resolutions) -> dict:
         images = batch["image"].astype(jnp.float32) / 255.0
