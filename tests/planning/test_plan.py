@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plans
 from configs import stage2_vitb, stage3_vitb
 from eupe_jax.planning import background, pairs, plan, report, sweep, traced
 from eupe_jax.planning.compiling import kept_json, write_atomically
@@ -30,7 +31,7 @@ def pair_result(config, chosen, seconds, free=0.4, **fields):
     capacity = chips.CHIPS["v5e"].hbm_bytes
     work = step_flops(config, chosen)
     result = {
-        "pair": pairs.label(chosen), "compile_seconds": 1.0,
+        "pair": pairs.label(chosen), "compile_seconds": 1.0, "compile_rss_bytes": GIB,
         "model_flops_per_image": {"teachers": work.teachers, "students": work.students, "adapters": work.adapters,
                                   "per_image": work.per_image},
         "executed_flops_per_device": {"teachers": 1e12}, "problems": [],
@@ -102,6 +103,19 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_which_tensors():
 def test_a_tight_fit_is_no_error_but_gets_advice():
     whole = made(stage2_vitb.get_config(), [0.3], free=0.05)
     assert whole["fits"] and whole["advice"] and "under the 10% wanted" in report.markdown(whole)
+
+
+def test_the_index_keeps_what_was_made_before_and_names_what_failed(tmp_path, monkeypatch):
+    """No such recipe can be compiled without libtpu, or on a pod of five devices: the run goes on, and says so."""
+    kept = plans.row("stage2_vitb", "v5e:16x16", made(stage2_vitb.get_config(), [0.3]))
+    write_atomically(tmp_path / "index.json", json.dumps({plans.file_name("stage2_vitb", "v5e:16x16"): kept}).encode())
+    monkeypatch.setattr(plans, "TOPOLOGIES", ("v5e:16x16", "v5e:5x1"))
+    monkeypatch.setattr(sys, "argv", ["plans.py", "--topology=v5e:5x1", "--only=vitb", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        plans.main()
+    text = (tmp_path / "README.md").read_text()
+    assert ended.value.code == 1 and "300.0 ms" in text and "v5e:5x1" in text
+    assert len([line for line in text.splitlines() if line.startswith(("| [stage", "| stage"))]) == 3
 
 
 # ---- what is refused before anything is compiled
