@@ -1,3 +1,4 @@
+import importlib.util
 from types import SimpleNamespace
 
 import jax
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 
 from eupe_jax.sharding import mesh as mesh_module
+from eupe_jax.sharding.chips import topology
 from eupe_jax.sharding.mesh import AXES, batch_sharding, data_shards, make_mesh
 
 DEVICES = len(jax.devices())
@@ -53,6 +55,16 @@ def test_slices_of_tpus_are_as_their_devices_say():
         mesh_module._slices(devices, 4)
     with pytest.raises(ValueError, match="one size"):
         mesh_module._slices(devices[:-1], 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra 'tpu') is not installed")
+def test_groups_of_real_slices_are_within_them():
+    mesh = make_mesh(2, 2, devices=topology("v5e:2x4", slices=2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 2}
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    # neighbours on the torus along the last axis
+    apart = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in mesh.devices.reshape(-1, 2)]
+    assert apart == [1] * 8
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_no_whole_weights_are_summed_and_no_images_travel(slice_, axes):
     (chosen,) = pipeline.every_pair(config)
     with jax.default_matmul_precision("default"):  # tests on CPUs ask for more
         text = program.lower_step(config, mesh, chosen).compile().as_text()
-    found = estimate(text, CHIPS[slice_.partition(":")[0]]).collectives
+    found = estimate(text, CHIPS[slice_.partition(":")[0]], mesh=dict(mesh.shape)).collectives
     held = jax.tree.leaves(program.abstract_run(config, mesh).arguments)
     cut = [
         x.shape for x in held if len(x.shape) > 1 and any(name in str(x.sharding.spec) for name in ("fsdp", "tensor"))
