@@ -1,6 +1,7 @@
 """Building blocks shared by the encoders. Normalisation, softmax and residuals are float32; matmuls are in `dtype`."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,25 @@ def stack_blocks(
     )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def standardize(x: jax.Array, eps: float) -> jax.Array:
+    """x of mean zero and variance one over the last axis. The backward pass keeps the result, and one factor a row."""
+    return _standardize(x, eps)[0]
+
+
+def _standardize(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    x = x - x.mean(axis=-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+    return x * factor, factor
+
+
+@standardize.defjvp
+def _standardize_jvp(eps: float, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    y, factor = _standardize(*primals, eps)
+    (dx,) = tangents
+    return y, factor * (dx - dx.mean(axis=-1, keepdims=True) - y * (y * dx).mean(axis=-1, keepdims=True))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the last axis, computed in float32; returns `dtype`."""
 
@@ -70,16 +90,14 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (width,))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         x = x.astype(jnp.float32)
-        mean = x.mean(axis=-1, keepdims=True)
         if jnp.finfo(self.dtype).bits < 32:
             # One pass over x, which a TPU makes while it is produced. Cancellation loses mean^2 / variance roundings of
             # float32: nothing that half precision shows.
+            mean = x.mean(axis=-1, keepdims=True)
             variance = jnp.maximum(jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
-            x = x - mean
+            x = (x - mean) * jax.lax.rsqrt(variance + self.eps)
         else:
-            x = x - mean
-            variance = jnp.square(x).mean(axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(variance + self.eps)
+            x = standardize(x, self.eps)
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -147,6 +165,19 @@ def k_bias_mask(dim: int) -> jax.Array:
     return jnp.ones((3, dim)).at[1].set(0.0).reshape(-1)
 
 
+@jax.custom_jvp
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis. The backward pass keeps the result alone, not the exponentials as well."""
+    return jax.nn.softmax(logits, axis=-1)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (logits,), (dx,) = primals, tangents
+    y = softmax(logits)
+    return y, y * (dx - (y * dx).sum(axis=-1, keepdims=True))
+
+
 def plain_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.Array) -> jax.Array:
     """Softmax attention with logits scaled by `D ** -0.5`; logits and softmax in float32. Returns [B, T, H, D].
 
@@ -154,7 +185,7 @@ def plain_attention(q_BxTxHxD: jax.Array, k_BxTxHxD: jax.Array, v_BxTxHxD: jax.A
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q_BxTxHxD, k_BxTxHxD, v_BxTxHxD))
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    weights = softmax(logits * q.shape[-1] ** -0.5)
     return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v).swapaxes(1, 2)
 
 
@@ -214,6 +245,21 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
+
+
+@jax.custom_jvp
+def exact_gelu_with_slope(x: jax.Array) -> jax.Array:
+    """`exact_gelu` whose backward pass keeps one array, the slope, which costs the forward pass little."""
+    return exact_gelu(x)
+
+
+@exact_gelu_with_slope.defjvp
+def _exact_gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    below = 0.5 + 0.5 * jax.lax.erf(wide * 2**-0.5)
+    slope = below + wide * jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
+    return (wide * below).astype(x.dtype), (dx * slope).astype(x.dtype)
 
 
 def tanh_gelu(x: jax.Array) -> jax.Array:
