@@ -8,7 +8,8 @@ the RoPE rescale of training are off. Here it is the jitted step of a real run; 
 convert/torch_vit.py, eager and through torch.compile (both with scaled_dot_product_attention and fused AdamW). Weights
 and images are the same, and so must be the losses of the first three steps (to 1e-4), or there is nothing to compare.
 Then the contenders take turns, and every round starts with another one: figures are medians over rounds, so that a
-busy machine disturbs all alike. Processor time is told beside.
+busy machine disturbs all alike. Processor time is told beside. All run in one process whose malloc keeps freed memory
+(training/host_memory.py); --malloc=default leaves it as it is.
 JSON: "students" has a dict of figures for every student; jax_images_per_s, torch_eager_images_per_s,
 torch_compile_images_per_s and ratio (the first over the larger of the other two) at the top are those of "student",
 the one with the lowest ratio. "ratio_cpu_time" is the same of processor time.
@@ -276,9 +277,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="of the images, in pixels")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contender")
     parser.add_argument("--cores", type=int, default=2, help="processor cores, and threads, for all contenders")
+    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="of freed memory, for all alike")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     from eupe_jax.models import zoo
+    from eupe_jax.training.host_memory import keep_freed_memory
 
     if wrong := [f for f in ("batch", "side", "rounds", "cores") if getattr(args, f) < 1]:
         raise SystemExit(f"error: --{wrong[0]} must be positive, got {getattr(args, wrong[0])}")
@@ -292,6 +295,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
     os.sched_setaffinity(0, cores)  # before the runtimes start their threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    kept = args.malloc == "keep" and keep_freed_memory()
 
     import jax
     import torch
@@ -310,6 +314,7 @@ def main() -> None:
         "batch": args.batch,
         "side": args.side,
         "cores": len(cores),
+        "malloc": "keep" if kept else "default",
         "machine": platform.processor() or platform.machine(),
         "load_at_end": os.getloadavg()[0],
         "jax": jax.__version__,
