@@ -100,39 +100,50 @@ def assert_same_run(workdir, reference):
     assert (far / size) ** 0.5 <= 1e-5
 
 
-def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):
-    measure_statistics(recipe(""), tmp_path / "statistics")
-    config = recipe(tmp_path / "statistics")
-    train(config, tmp_path / "one")
-    flags = [f"--workdir={tmp_path}/two", f"--config.statistics={tmp_path}/statistics", "--stop_at=2"]
-    first, second = launch("train", 2, *flags)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(workdir, folder of statistics) of the run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    measure_statistics(recipe(""), folder / "statistics")
+    train(recipe(folder / "statistics"), folder / "run")
+    return folder / "run", folder / "statistics"
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(one, tmp_path):
+    reference, statistics = one
+    flags = [f"--workdir={tmp_path}/two", f"--config.statistics={statistics}"]
+    first, second = launch("train", 2, *flags, "--stop_at=2")
     assert "8 devices (cpu) of 2 process(es)" in first and "step" not in second, "one process speaks"
     assert len(read_metrics(tmp_path / "two" / "timings.jsonl")) == 2
-    train(config, tmp_path / "two")
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    train(recipe(statistics), tmp_path / "two")
+    assert_same_run(tmp_path / "two", reference)
 
 
 @pytest.mark.slow
-def test_four_processes_and_two_after_one(tmp_path):
-    """Statistics too."""
-    measured = measure_statistics(recipe(""), tmp_path / "statistics")["proxy"]
-    launch("measure_statistics", 4, f"--out={tmp_path}/measured")
-    found = Statistics.load(tmp_path / "measured" / "proxy.safetensors")
-    for kind, mean in measured.mean.items():
+def test_two_processes_go_on_from_the_checkpoint_of_one(one, tmp_path):
+    reference, statistics = one
+    flags = [f"--workdir={tmp_path}/two", f"--config.statistics={statistics}"]
+    launch("train", 1, *flags, "--stop_at=2")
+    launch("train", 2, *flags)
+    assert_same_run(tmp_path / "two", reference)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_and_trace_a_step(one, tmp_path):
+    reference, statistics = one
+    launch("train", 4, f"--workdir={tmp_path}/four", f"--config.statistics={statistics}", "--profile=2")
+    assert_same_run(tmp_path / "four", reference)
+    assert len(list((tmp_path / "four").glob("profile/plugins/profile/steps_2_2/*.xplane.pb"))) == 4
+
+
+@pytest.mark.slow
+def test_four_processes_measure_the_statistics_of_one(one, tmp_path):
+    _, statistics = one
+    launch("measure_statistics", 4, f"--out={tmp_path}")
+    found, wanted = (Statistics.load(folder / "proxy.safetensors") for folder in (tmp_path, statistics))
+    for kind, mean in wanted.mean.items():
         np.testing.assert_allclose(found.mean[kind], mean, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found.std[kind], measured.std[kind], rtol=1e-5, atol=1e-3 * STD_FLOOR)
-
-    train(recipe(tmp_path / "statistics"), tmp_path / "one")
-    given = f"--config.statistics={tmp_path}/statistics"
-    four = tmp_path / "four"
-    launch("train", 4, f"--workdir={four}", given, "--profile=2")
-    assert len(list(four.glob("profile/plugins/profile/steps_2_2/*.xplane.pb"))) == 4
-    assert_same_run(four, tmp_path / "one")
-
-    after = tmp_path / "one_then_two"
-    launch("train", 1, f"--workdir={after}", given, "--stop_at=2")
-    launch("train", 2, f"--workdir={after}", given)
-    assert_same_run(after, tmp_path / "one")
+        np.testing.assert_allclose(found.std[kind], wanted.std[kind], rtol=1e-5, atol=1e-3 * STD_FLOOR)
 
 
 @pytest.mark.parametrize(
