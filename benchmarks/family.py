@@ -149,8 +149,8 @@ def main() -> None:
         parser.error("--batch and --rounds must be at least 1")
     found = compare(reduced(args.batch), args.rounds)
     print(f"{'':16}{'GFLOP an image':>16}{'s a step, reduced':>20}{'processor s':>14}")
-    for name, value in found["gflops_an_image"].items():
-        print(f"{name:16}{value:16.1f}{found['seconds'][name]:20.3f}{found['cpu_seconds'][name]:14.3f}")
+    for name, seconds in found["seconds"].items():
+        print(f"{name:16}{found['gflops_an_image'][name]:16.1f}{seconds:20.3f}{found['cpu_seconds'][name]:14.3f}")
     print(
         f"family over six runs: {found['flops_ratio']:.3f} of the FLOPs at the published sizes (predicted cost); "
         f"reduced: {found['seconds_ratio']:.3f} of the time, {found['cpu_seconds_ratio']:.3f} of the processor time, "
