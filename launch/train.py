@@ -10,6 +10,7 @@ from absl import flags
 from etils import epath
 
 from eupe_jax.training import distributed, profiling
+from eupe_jax.training.host_memory import keep_freed_memory
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from launch import cli, processes
@@ -36,6 +37,8 @@ def main() -> None:
     workdir = epath.Path(cli.require(WORKDIR, "workdir"))
     profile = profiling.parse_steps(PROFILE.value) if PROFILE.value else None
     processes.join()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     _keep_compiled(workdir)
     if not config.statistics and not config.statistics_from and _all_random(config):
         # a smoke test: nobody has measured its random teachers, so do that first
