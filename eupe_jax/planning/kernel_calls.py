@@ -25,11 +25,24 @@ def kernel_config(instruction: Instruction) -> dict:
     Raises:
       HloError: it has none.
     """
+    return _backend_config(instruction)["custom_call_config"]
+
+
+def kernel_memory(instruction: Instruction) -> list[dict]:
+    """The fast memory a kernel may take, in the form in which its author's `vmem_limit_bytes` reaches the compiler.
+
+    Empty where it states no limit: the compiler's own holds.
+    """
+    # the compiler moves the offset to where its own part of the memory ends; a kernel alone starts at 0
+    return [{**limit, "offset": "0"} for limit in _backend_config(instruction).get("scoped_memory_configs", [])]
+
+
+def _backend_config(instruction: Instruction) -> dict:
     start = instruction.attributes.find("backend_config={")
     if start < 0:
         raise HloError(f"kernel {instruction.name!r} of the compiled program carries no configuration")
     config, _ = json.JSONDecoder().raw_decode(instruction.attributes[start + len("backend_config=") :])
-    return config["custom_call_config"]
+    return config
 
 
 def kernel_name(instruction: Instruction) -> str:

@@ -36,6 +36,7 @@ from eupe_jax.planning.kernel_calls import (
     kernel_config,
     kernel_digest,
     kernel_key,
+    kernel_memory,
     kernel_name,
     kernel_steps,
 )
@@ -163,10 +164,17 @@ def count(kernels: Mapping[str, Instruction], topology_name: str) -> dict[str, S
             input=json.dumps(requests), capture_output=True, text=True, env=environment,
         )  # fmt: skip
     if done.returncode:
-        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise HloError(f"compiling {len(requests)} kernel(s) alone for {topology_name} failed: {last}")
+        what = _last_error(done.stderr) or f"exit status {done.returncode}"
+        raise HloError(f"compiling {len(requests)} kernel(s) alone for {topology_name} failed: {what}")
     answers = json.loads(done.stdout.strip().splitlines()[-1])
     return {key: Schedule(**answer) for key, answer in zip(kernels, answers, strict=True)}
+
+
+def _last_error(stderr: str) -> str:
+    """The exception that ended a process: its first two lines, for the compiler's messages go on and on."""
+    lines = stderr.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+Error: ", line)] or [len(lines) - 1]
+    return " ".join(lines[starts[-1] : starts[-1] + 2]) if lines else ""
 
 
 def _request(instruction: Instruction) -> dict:
@@ -175,7 +183,10 @@ def _request(instruction: Instruction) -> dict:
         raise HloError(f"kernel {instruction.name!r} of the compiled program does not say what it takes")
     return {
         "name": kernel_name(instruction),
-        "config": kernel_config(instruction),
+        "config": {
+            "custom_call_config": kernel_config(instruction),
+            "scoped_memory_configs": kernel_memory(instruction),
+        },
         "inputs": [[s.dtype, s.dims] for s in parse_shapes(inputs[1])],
         "outputs": [[s.dtype, s.dims] for s in instruction.shapes],
         "steps": kernel_steps(_body(instruction)),
@@ -197,7 +208,7 @@ def _compile(requests: Sequence[dict], topology_name: str, folder: Path) -> list
             TARGET,
             [jax.ShapeDtypeStruct(dims, _DTYPES[d]) for d, dims in request["outputs"]],
             custom_call_api_version=1,
-            legacy_backend_config=json.dumps({"custom_call_config": request["config"]}),
+            legacy_backend_config=json.dumps(request["config"]),
         )
         jax.jit(call).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
         written = [p for p in folder.glob("*-ffi_call*-final_bundles.txt") if "schedule-analysis" not in p.name]

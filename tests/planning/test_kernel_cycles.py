@@ -9,7 +9,7 @@ import pytest
 from eupe_jax.planning import kernel_cycles
 from eupe_jax.planning.costs import estimate
 from eupe_jax.planning.hlo import HloError, parse
-from eupe_jax.planning.kernel_calls import is_kernel, kernel_key
+from eupe_jax.planning.kernel_calls import is_kernel, kernel_key, kernel_memory
 from eupe_jax.planning.kernel_cycles import Schedule, count_bundles
 from eupe_jax.sharding.chips import CHIPS
 from tests.planning.programs import hlo_text
@@ -127,6 +127,15 @@ def test_the_table_is_made_of_the_kernels_of_programs(tables, tmp_path, capsys):
     assert len(tables) == 2  # the table knows them
 
 
+def _kernels(text):
+    return [i for i in parse(text).entry.instructions.values() if is_kernel(i)]
+
+
+def test_a_kernel_keeps_the_fast_memory_that_its_author_gave_it():
+    kernels = _kernels(hlo_text("kernel_v5e"))
+    assert [kernel_memory(i) for i in kernels] == 2 * [[{"memory_space": "1", "offset": "0", "size": "104857600"}]]
+
+
 @pytest.mark.skipif(kernel_cycles.TABLE.exists() is False, reason="no table of cycles")
 def test_the_table_that_comes_with_the_project_can_be_read():
     for key, schedule in kernel_cycles._read(kernel_cycles.TABLE).items():
@@ -147,3 +156,11 @@ def test_kernels_counted_for_real_take_longer_than_their_products_alone(chip, to
         ideal = kernel.flops / CHIPS[chip].peak_flops * CHIPS[chip].clock_hz
         assert 1.5 * ideal < kernel.cycles < 25 * ideal
     assert kernels[1].cycles > 1.5 * kernels[0].cycles  # backward does more
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install eupe_jax[tpu]")
+def test_the_limit_of_fast_memory_reaches_the_compiler():
+    text = hlo_text("kernel_v5e")
+    with pytest.raises(HloError, match="alone for v5e:2x4 failed.*CompileTimeScopedVmemOom"):
+        kernel_cycles.count({0: _kernels(text.replace('"size":"104857600"', '"size":"65536"'))[0]}, "v5e:2x4")
