@@ -2,7 +2,8 @@
 
 Figures are public: compute, HBM bandwidth and interconnect from Cloud TPU's architecture pages (one a generation under
 docs.cloud.google.com/tpu/docs), HBM capacity as the compiler reports it (a little is reserved), clocks as peak over the
-multiply-adds a cycle of the matrix units. They hold for one *device* as JAX counts: a v4 or TPU7x chip is two devices.
+multiply-adds a cycle of the matrix units. They hold for one *device* as JAX counts: a TPU7x chip is two devices, and so
+is a v4 chip where its cores are not joined ("megacore", which is how v4 machines run).
 """
 
 import dataclasses
@@ -55,14 +56,17 @@ CHIPS = {
         Chip("tpu7x", 1153.5e12, int(94.75 * GIB), 3.69e12, 2.2e9, 2 * 90e9 / 2, 12.5e9 / 2, devices=2),
     )
 }
-# Dense bfloat16 peaks, memory, clock and NVLink (one direction) of NVIDIA's data sheets: for the MFU that training
-# prints. Nothing is planned for GPUs.
+# Dense bfloat16 peaks, memory, clock and NVLink (one direction; PCI Express for cards whose bridges join only a few) of
+# NVIDIA's data sheets: for the MFU that training prints. Nothing is planned for GPUs.
 GPUS = {
     chip.name: chip
     for chip in (
         Chip("A100", 312e12, 80 * GIB, 2.04e12, 1.41e9, 300e9, 25e9),
         Chip("H100", 989e12, 80 * GIB, 3.35e12, 1.83e9, 450e9, 50e9),
+        Chip("H100 PCIe", 756e12, 80 * GIB, 2.0e12, 1.62e9, 64e9, 50e9),
+        Chip("H100 NVL", 835e12, 94 * 10**9, 3.9e12, 1.54e9, 64e9, 50e9),
         Chip("H200", 989e12, 141 * 10**9, 4.8e12, 1.83e9, 450e9, 50e9),
+        Chip("H200 NVL", 835e12, 141 * 10**9, 4.8e12, 1.54e9, 64e9, 50e9),
     )
 }
 
@@ -96,7 +100,22 @@ def chip_of(device: Any) -> Chip | None:
         if chip.devices > 1 and getattr(device, "num_cores", 1) == chip.devices:
             return _whole(chip)  # both cores of the chip are one device ("megacore")
         return chip
-    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device.device_kind)), None)
+    return _gpu(device)
+
+
+def _gpu(device: Any) -> Chip | None:
+    """By the words of its name ("NVIDIA H100 PCIe"); None where it is only a part of one ("... MIG 1g.10gb")."""
+    words = set(re.split(r"[ -]", device.device_kind))
+    found = [gpu for name, gpu in GPUS.items() if words.issuperset(name.split())]
+    if not found or "MIG" in words:
+        return None
+    gpu = max(found, key=lambda chip: len(chip.name.split()))
+    try:
+        stats = device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # another process's device
+        stats = {}
+    # one kind comes with 40 and 80 GB, and a part of the memory may be reserved
+    return dataclasses.replace(gpu, hbm_bytes=stats.get("bytes_limit", gpu.hbm_bytes))
 
 
 def _whole(chip: Chip) -> Chip:
@@ -116,7 +135,9 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
         raise ImportError("compiling for TPUs needs libtpu (no TPU is needed): pip install 'eupe_jax[tpu]'")
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device a chip, as v4 machines run; meshes need it
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:

@@ -64,7 +64,11 @@ def _arrange(devices: list, shape: tuple[int, ...]) -> np.ndarray:
     """The devices of one slice in that shape, neighbours on its torus along the last axes."""
     if devices[0].platform == "cpu":
         return np.asarray(devices).reshape(shape)
-    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError) as error:
+        named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"{len(devices)} x {devices[0].device_kind} cannot be laid out as {named}: {error}") from None
 
 
 def nearest_divisors(wanted: int, total: int) -> str:

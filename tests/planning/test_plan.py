@@ -139,13 +139,21 @@ def test_unknown_topologies_are_refused_with_near_ones(topology, words):
 
 def test_chips_are_told_by_their_devices():
     def device(kind, **fields):
-        return type("Device", (), {"device_kind": kind, **fields})()
+        return type("Device", (), {"device_kind": kind, "memory_stats": lambda self: None, **fields})()
 
     assert chips.chip_of(device("TPU v5 lite")).name == "v5e" and chips.chip_of(device("TPU v5")).name == "v5p"
-    assert chips.chip_of(device("NVIDIA H100 80GB HBM3")).peak_flops == 989e12
     assert chips.chip_of(device("cpu")) is None
     half, whole = chips.chip_of(device("TPU v4", num_cores=1)), chips.chip_of(device("TPU v4", num_cores=2))
     assert whole.peak_flops == 2 * half.peak_flops == 275e12 and half.devices == 2 and whole.devices == 1
+    peaks = {
+        "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
+    }  # fmt: skip
+    assert {kind: chips.chip_of(device(kind)).peak_flops for kind in peaks} == peaks
+    for other in ("NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10"):
+        assert chips.chip_of(device(other)) is None
+    small = device("NVIDIA A100-SXM4-40GB", memory_stats=lambda self: {"bytes_limit": 30 * 2**30})
+    assert chips.chip_of(small).hbm_bytes == 30 * 2**30
 
 
 @needs_libtpu

@@ -67,6 +67,24 @@ def test_groups_of_real_slices_are_within_them():
     assert apart == [1] * 8
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra 'tpu') is not installed")
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "tpu7x:2x2x1"])
+def test_every_generation_can_be_laid_out(name):
+    devices = topology(name)
+    mesh = make_mesh(2, 2, devices=devices)
+    assert set(mesh.devices.flat) == set(devices) and mesh.shape["data"] * 4 == len(devices)
+    assert len(devices) == (8 if name.startswith("tpu7x") else 4)
+
+
+def test_devices_that_cannot_be_laid_out_are_an_error_in_one_line():
+    """Cores of v4 chips one by one, where a mesh takes whole chips."""
+    cores = [tpu(index, 0) for index in range(8)]
+    for index, core in enumerate(cores):
+        core.device_kind, core.core_on_chip, core.coords = "TPU v4", index % 2, (index // 2 % 2, index // 4, 0)
+    with pytest.raises(ValueError, match="8 x TPU v4 cannot be laid out as data=2, fsdp=4, tensor=1: .*megacore"):
+        mesh_module._arrange(cores, (2, 4, 1))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
