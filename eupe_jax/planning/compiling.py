@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 
 from eupe_jax.distill.resolutions import Resolutions
 from eupe_jax.planning import memory, traced
-from eupe_jax.sharding.chips import topology
+from eupe_jax.sharding.chips import chip_of, topology
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.training import kernels, program
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the environment
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Request:
     def digest(self) -> str:
         """Of everything but the folder: equal requests to equal code give equal programs."""
         return _sha256(
-            self.config.to_json_best_effort(), self.topology, str(self.slices), repr(self.chosen), _code(), *versions()
-        )
+            self.config.to_json_best_effort(), self.topology, str(self.slices), repr(self.chosen), code_digest(),
+            *versions(), *_options(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Compiled:
       executed: FLOPs a device by origin, see `traced.executed_flops`.
       out_of_memory: the compiler's complaint as `memory.OutOfMemory`; None where it fits.
       text: path of the optimized HLO, gzip; None where there is none.
+      largest: (bytes, shape, where it is made) of the largest arrays of a program that compiles and does not fit.
     """
 
     digest: str
@@ -66,6 +69,7 @@ class Compiled:
     executed: dict[str, float]
     out_of_memory: memory.OutOfMemory | None
     text: str | None
+    largest: tuple[tuple[float, str, str], ...] = ()
 
     def read_text(self) -> str:
         with gzip.open(self.text, "rt") as file:
@@ -99,10 +103,17 @@ def compile_step(request: Request) -> Compiled:
     executed = traced.executed_flops(trace, len(devices))
     lowered = trace.lower(lowering_platforms=("tpu",))
     options = json.dumps(kernels.compiler_options(config.compute, mesh))
-    digest = _sha256(lowered.as_text(), options, request.topology, str(request.slices), repr(mesh.shape), *versions())
+    digest = _sha256(lowered.as_text(), options, request.topology, str(request.slices), repr(mesh.shape), *versions(),
+                     *_options())  # fmt: skip
     lower_seconds = time.monotonic() - start
+
+    def with_largest(compiled: Compiled) -> Compiled:
+        over = sum(compiled.hbm.values()) > chip_of(devices[0]).hbm_bytes and compiled.out_of_memory is None
+        found = tuple(traced.largest_arrays(trace, len(devices))) if over else ()
+        return dataclasses.replace(compiled, largest=found)
+
     if kept := _kept(request.cache, digest):
-        return dataclasses.replace(kept, executed=executed)
+        return with_largest(dataclasses.replace(kept, executed=executed))
 
     start, text, analysis, full = time.monotonic(), None, None, None
     try:
@@ -117,7 +128,7 @@ def compile_step(request: Request) -> Compiled:
     hbm = memory.hbm_by_kind(run.arguments, analysis) if analysis else memory.argument_bytes(run.arguments)
     seconds, rss = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = Compiled(digest, lower_seconds, seconds, rss, hbm, executed, full, None)
-    return _keep(request.cache, result, text)
+    return with_largest(_keep(request.cache, result, text))
 
 
 def default_cache() -> Path:
@@ -136,14 +147,15 @@ def _keep(cache: Path, result: Compiled, text: str | None) -> Compiled:
 
 
 def _kept(cache: Path, digest: str) -> Compiled | None:
+    """What the cache holds; None also for what another version of this project wrote otherwise."""
     try:
         fields = json.loads(_entry(cache, digest).read_text())
-    except FileNotFoundError:
+        if fields["out_of_memory"] is not None:
+            largest = tuple(tuple(allocation) for allocation in fields["out_of_memory"].pop("largest"))
+            fields["out_of_memory"] = memory.OutOfMemory(**fields["out_of_memory"], largest=largest)
+        kept = Compiled(**fields)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    if fields["out_of_memory"] is not None:
-        largest = tuple(tuple(allocation) for allocation in fields["out_of_memory"].pop("largest"))
-        fields["out_of_memory"] = memory.OutOfMemory(**fields["out_of_memory"], largest=largest)
-    kept = Compiled(**fields)
     return kept if kept.text is None or os.path.exists(kept.text) else None
 
 
@@ -163,19 +175,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def kept_json(path: Path, make: Callable[[], dict]) -> dict:
-    """What the file holds; where there is none, what `make()` returns, kept there."""
+    """What the file holds; where there is none, or no JSON, what `make()` returns, kept there."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         made = make()
         write_atomically(path, json.dumps(made, indent=1).encode())
         return made
 
 
-def _code() -> str:
-    """Digest of this project's code: what a config becomes depends on it."""
+def code_digest() -> str:
+    """Digest of this project's code and tables: what a config becomes, and what that costs, depends on them."""
     root = Path(__file__).parents[1]
-    return _sha256(*(str(p.relative_to(root)) + p.read_text() for p in sorted(root.rglob("*.py"))))
+    files = sorted([*root.rglob("*.py"), *root.rglob("*.json")])
+    return _sha256(*(str(p.relative_to(root)) + p.read_text() for p in files))
+
+
+def _options() -> list[str]:
+    """What the environment tells compilers, where it tells them anything."""
+    return [f"{name}={value}" for name in OPTIONS if (value := os.environ.get(name))]
 
 
 def _sha256(*parts: Any) -> str:

@@ -98,16 +98,21 @@ def _bytes(number: str, unit: str) -> float:
     return float(number) * _UNITS[unit]
 
 
-def first_change(kinds: dict[str, float] | None, remat: dict[str, str], batch_per_chip: float) -> str:
+def first_change(
+    kinds: dict[str, float], remat: dict[str, str], batch_per_chip: float, *, capacity: float, fsdp: int, room: int
+) -> str:
     """The first thing to change in a config whose step does not fit, or barely.
 
-    kinds: as `hbm_by_kind`; None where the program did not compile. remat: policy of every student.
+    kinds: as `hbm_by_kind`; of a program that did not compile, the arguments alone. remat: policy of every student.
+    capacity: bytes. fsdp: devices that a weight is cut over now; room: that a slice has for it.
     """
-    held = {} if kinds is None else kinds
-    weights = {k: held.get(k, 0) for k in (STUDENTS, OPTIMIZER, TEACHERS)}
-    if sum(weights.values()) > held.get(TEMPORARIES, math.inf):
-        largest = max(weights, key=weights.get)
-        return f"most of it is {largest}: cut parameters over more devices (--config.mesh.fsdp, twice as many)"
+    weights = {k: kinds.get(k, 0) for k in (STUDENTS, OPTIMIZER, TEACHERS)}
+    held, largest = sum(weights.values()), max(weights, key=weights.get)
+    if held > kinds.get(TEMPORARIES, capacity / 2):
+        if room % (2 * fsdp) == 0:
+            return f"most of it is {largest}: cut parameters over more devices (--config.mesh.fsdp={2 * fsdp})"
+        if held > capacity:
+            return f"{largest} alone, cut over {fsdp} devices of {room}: more chips"
     for policy, stricter in (("none", "names"), ("dots", "names"), ("dots_no_batch", "names"), ("names", "full")):
         if names := [name for name, chosen in remat.items() if chosen == policy]:
             flags = " ".join(f"--config.students.{name}.remat={stricter}" for name in names)

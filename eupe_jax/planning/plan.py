@@ -31,6 +31,7 @@ from eupe_jax.training.model_flops import StepFlops, step_flops
 FREE_WANTED = 0.10  # of the HBM
 FLOPS_TOLERANCE = 0.01  # between the compiled program and the trace: compilers drop and merge small products
 FORWARD_TOLERANCE = 0.001  # between the trace and the count from the architecture
+BACKWARD_TOLERANCE = 0.02  # the same; the first layer needs no gradient of the images, biases' are not in the count
 XLA_RANGE = (0.999, 1.05)  # XLA's count of a block over ours: it counts norms and activations too
 WIDE = 128  # in narrower models (smoke tests) these weigh more
 OPERATIONS_KEPT = 24
@@ -71,7 +72,7 @@ def plan_pair(request: Request) -> dict[str, Any]:
         **_memory(compiled, chip),
     }
     result["problems"] += _xla_problems(request.config, result["xla_block_ratio"])
-    if compiled.out_of_memory is None:
+    if result["fits"]:
         timed = _costs(request, compiled, chip, devices)
         result |= timed | {"problems": result["problems"] + timed["problems"]}
     return result
@@ -91,25 +92,33 @@ def _xla_problems(config: ConfigDict, ratios: dict[str, float]) -> list[str]:
     problems = []
     for name, ratio in ratios.items():
         group, _, key = name.partition(".")
-        entry = config[group][key]
-        narrow = zoo.spec(entry.model, **entry.overrides).patch_dim < WIDE
-        if ratio < XLA_RANGE[0] or (ratio > XLA_RANGE[1] and not narrow):
+        if ratio < XLA_RANGE[0] or (ratio > XLA_RANGE[1] and not _narrow(config[group][key])):
             problems.append(f"XLA counts {ratio:.3f} x our FLOPs of a block of {name}")
     return problems
 
 
+def _narrow(entry: ConfigDict) -> bool:
+    return zoo.spec(entry.model, **entry.overrides).patch_dim < WIDE
+
+
 def _miscounts(request: Request, compiled: Compiled, work: StepFlops, devices: int) -> list[str]:
-    """Forward passes that the trace counts otherwise than the architecture says."""
+    """Passes that the trace counts otherwise than the architecture says.
+
+    A gradient that nobody computes is missing in trace and program alike: only this count sees it.
+    """
     images = request.config.batch_size / devices
     wanted = {
-        traced.TEACHERS: sum(work.teachers.values()) * images,
-        traced.STUDENTS: sum(work.students.values()) * images,
-        traced.ADAPTERS: sum(work.adapters.values()) * images,
+        traced.TEACHERS: (sum(work.teachers.values()), FORWARD_TOLERANCE),
+        traced.STUDENTS: (sum(work.students.values()), FORWARD_TOLERANCE),
+        traced.ADAPTERS: (sum(work.adapters.values()), FORWARD_TOLERANCE),
     }
+    if not any(_narrow(entry) for entry in request.config.students.values()):
+        wanted[traced.BACKWARD] = (2 * work.trained, BACKWARD_TOLERANCE)
     return [
-        f"{term}: {compiled.executed.get(term, 0):.6g} FLOPs a device in the trace, {flops:.6g} by the architecture"
-        for term, flops in wanted.items()
-        if abs(compiled.executed.get(term, 0) - flops) > FORWARD_TOLERANCE * flops
+        f"{term}: {compiled.executed.get(term, 0):.6g} FLOPs a device in the trace, {flops * images:.6g} by the"
+        " architecture"
+        for term, (flops, tolerance) in wanted.items()
+        if abs(compiled.executed.get(term, 0) - flops * images) > tolerance * flops * images
     ]
 
 
@@ -122,7 +131,7 @@ def _memory(compiled: Compiled, chip: Chip) -> dict[str, Any]:
         "hbm_needed": needed,
         "hbm_capacity": chip.hbm_bytes,
         "hbm_free_fraction": 1 - needed / chip.hbm_bytes,
-        "largest_tensors": [list(item) for item in full.largest] if full else [],
+        "largest_tensors": [list(item) for item in (full or compiled).largest],
     }
 
 
@@ -132,20 +141,11 @@ def _costs(request: Request, compiled: Compiled, chip: Chip, devices: list) -> d
     within = {axis: size // request.slices if axis == "data" else size for axis, size in mesh.shape.items()}
     found = costs.estimate(text, chip, kernels=kernel_cycles.cycles_of(text, chip, request.topology), mesh=within)
     executed = sum(compiled.executed.values())
-    difference = found.flops / executed - 1
     work = step_flops(request.config, request.chosen).per_image * request.config.batch_size
-    problems = []
-    if abs(difference) > FLOPS_TOLERANCE:
-        problems.append(
-            f"the program of {pairs.label(request.chosen)} has {found.flops:.4g} FLOPs a device, the trace"
-            f" {executed:.4g} ({difference:+.1%}): its time cannot be trusted"
-        )
     cut = _cut_shapes(program.abstract_run(request.config, mesh).arguments)
-    for collective in whole_weight_all_reduces(found.collectives, cut):
-        problems.append(f"an all-reduce of a whole weight: {_describe(collective)}")
     return {
         "program_flops_per_device": found.flops,
-        "flops_difference": difference,
+        "flops_difference": found.flops / executed - 1,
         "hbm_traffic_bytes": found.hbm_bytes,
         "roofline_seconds": found.roofline_step_seconds,
         "compiler_seconds": found.compiler_step_seconds,
@@ -158,8 +158,21 @@ def _costs(request: Request, compiled: Compiled, chip: Chip, devices: list) -> d
         "collectives": _collectives(found.collectives),
         "operations": _operations(found.operations),
         "kinds": _kinds(found.operations),
-        "problems": problems,
+        "problems": _program_problems(pairs.label(request.chosen), found, executed, cut),
     }
+
+
+def _program_problems(label: str, found: costs.Estimate, executed: float, cut: Sequence[tuple[int, ...]]) -> list[str]:
+    """Where the compiled program does not do the work of the trace, or sums whole gradients of weights that are cut."""
+    problems, difference = [], found.flops / executed - 1
+    if abs(difference) > FLOPS_TOLERANCE:
+        problems.append(
+            f"the program of {label} has {found.flops:.4g} FLOPs a device, the trace {executed:.4g}"
+            f" ({difference:+.1%}): its time cannot be trusted"
+        )
+    for collective in whole_weight_all_reduces(found.collectives, cut):
+        problems.append(f"an all-reduce of a whole weight: {_describe(collective)}")
+    return problems
 
 
 def _cut_shapes(arguments: tuple) -> list[tuple[int, ...]]:
@@ -226,10 +239,10 @@ def check(config: ConfigDict, topology_name: str, slices: int) -> None:
     Raises:
       ValueError: names the field and the fix. ImportError: libtpu is missing.
     """
-    devices = topology(topology_name, slices)
     if not config.students:
         raise ValueError("config.students is empty: a plan needs at least one student")
     pipeline.check_config(config)
+    devices = topology(topology_name, slices)
     mesh = make_mesh(**config.mesh, devices=devices)
     hosts = len({device.process_index for device in devices})
     check_mesh(config, mesh, hosts)
@@ -251,6 +264,7 @@ def describe(config: ConfigDict, name: str, topology_name: str, slices: int) -> 
         "slices": slices,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": list(compiling.versions()),
+        "code": compiling.code_digest()[:12],
         "chip": dataclasses.asdict(chip),
         "devices": len(devices),
         "chips": len(devices) // chip.devices,
@@ -279,8 +293,13 @@ def _kernels(config: ConfigDict, mesh: Mesh) -> dict[str, dict[str, str]]:
         for name, entry in config[group].items():
             if entry.get("kind", "encoder") == "encoder":
                 fields = kernels.model_fields(config.compute, mesh, entry.model, frozen=frozen)
-                found[f"{group}.{name}"] = {k: getattr(v, "__name__", type(v).__name__) for k, v in fields.items()}
+                found[f"{group}.{name}"] = {k: _named(v) for k, v in fields.items()}
     return found
+
+
+def _named(value: Any) -> str:
+    """A function by its name, a module by its class, a setting by its value."""
+    return str(value) if isinstance(value, (bool, str)) else getattr(value, "__name__", type(value).__name__)
 
 
 def make_plan(
@@ -331,12 +350,15 @@ def add_up(plan: dict[str, Any], config: ConfigDict, chosen: Sequence[Resolution
         "collectives": [{"pair": r["pair"], **c} for r in results for c in r.get("collectives", ())],
     }
     if worst["hbm_free_fraction"] < FREE_WANTED:
-        held = worst["hbm_bytes"] if worst["fits"] else None
-        stage["advice"] = memory.first_change(held, plan["remat"], plan["batch_per_device"])
+        room = plan["mesh"]["data"] // plan["slices"] * plan["mesh"]["fsdp"]
+        stage["advice"] = memory.first_change(
+            worst["hbm_bytes"], plan["remat"], plan["batch_per_device"], capacity=worst["hbm_capacity"],
+            fsdp=plan["mesh"]["fsdp"], room=room,
+        )  # fmt: skip
     everything = pairs.every_pair(config)
     work = {pair: step_flops(config, pair) for pair in everything}
     stage["model_flops"] = float(np.mean([work[p].per_image for p in everything])) * config.batch_size
-    known = {p: r["step_seconds"] for p, r in zip(chosen, results, strict=True) if "step_seconds" in r}
+    known = {p: r["step_seconds"] for p, r in zip(chosen, results, strict=True) if r["fits"]}
     if len(known) == len(results):
         stage |= _times(plan, config, pairs.fit_seconds(known, work), work, known)
     return stage

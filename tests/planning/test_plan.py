@@ -53,6 +53,7 @@ def pair_result(config, chosen, seconds, free=0.4, **fields):
 def description(config):
     return {
         "config": "x.py", "topology": "v5e:16x16", "slices": 1, "date": "2026-01-01", "versions": ["jax 1"],
+        "code": "0123456789ab",
         "chip": {"name": "v5e", "peak_flops": 197e12}, "devices": 256, "chips": 256, "hosts": 64,
         "mesh": {"data": 16, "fsdp": 16, "tensor": 1}, "batch_size": config.batch_size, "accumulate": 1,
         "batch_per_device": config.batch_size / 256, "total_steps": config.total_steps, "remat": {"vitb": "none"},
@@ -116,6 +117,12 @@ def test_the_index_keeps_what_was_made_before_and_names_what_failed(tmp_path, mo
     text = (tmp_path / "README.md").read_text()
     assert ended.value.code == 1 and "300.0 ms" in text and "v5e:5x1" in text
     assert len([line for line in text.splitlines() if line.startswith(("| [stage", "| stage"))]) == 3
+
+
+def test_a_step_that_compiles_and_does_not_fit_is_not_timed():
+    """A plan's days are those of a run that can be run."""
+    whole = made(stage2_vitb.get_config(), [0.3], fits=False)
+    assert whole["step_seconds"] is None and whole["days"] is None and "predicted MFU" not in report.markdown(whole)
 
 
 # ---- what is refused before anything is compiled
@@ -193,10 +200,14 @@ def test_the_command_refuses_in_one_line():
     assert result.stderr.startswith("error: --topology=v5e-256 is unknown")
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch):
+def test_without_libtpu_the_extra_is_named_after_what_is_wrong_with_the_config(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = stage2_vitb.get_config("runlocal")
     with pytest.raises(ImportError, match=r"pip install 'eupe_jax\[tpu\]'"):
-        chips.topology("v5e:2x2")
+        plan.check(config, "v5e:2x2", 1)
+    config.total_steps = 0
+    with pytest.raises(ValueError, match="total_steps"):
+        plan.check(config, "v5e:2x2", 1)
 
 
 @needs_libtpu

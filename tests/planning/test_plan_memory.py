@@ -86,12 +86,22 @@ def test_arguments_are_counted_by_kind_and_share():
 @pytest.mark.parametrize(
     ("kinds", "remat", "batch", "words"),
     [
-        (None, {"a": "none", "b": "full"}, 8, "--config.students.a.remat=names"),
+        ({memory.TEACHERS: 9}, {"a": "none", "b": "full"}, 8, "--config.students.a.remat=names"),
         ({memory.TEMPORARIES: 9}, {"a": "names"}, 8, "--config.students.a.remat=full"),
         ({memory.TEMPORARIES: 9}, {"a": "full"}, 8, "--config.accumulate"),
         ({memory.TEMPORARIES: 9}, {"a": "full"}, 1, "--config.mesh.tensor=2"),
-        ({memory.OPTIMIZER: 9, memory.TEMPORARIES: 3}, {"a": "none"}, 8, "optimizer state"),
+        ({memory.OPTIMIZER: 9, memory.TEMPORARIES: 3}, {"a": "none"}, 8, "optimizer state: cut parameters over more"),
+        ({memory.TEACHERS: 9, memory.OPTIMIZER: 2}, {"a": "none"}, 8, "--config.mesh.fsdp=8"),
     ],
 )
 def test_advice(kinds, remat, batch, words):
-    assert words in memory.first_change(kinds, remat, batch)
+    assert words in memory.first_change(kinds, remat, batch, capacity=20, fsdp=4, room=16)
+
+
+def test_weights_that_are_cut_over_all_devices_are_not_cut_further():
+    """Over half of the HBM, activations can still make room; over all of it, nothing but more chips can."""
+    advice = [
+        memory.first_change({memory.TEACHERS: size}, {"a": "names"}, 8, capacity=20, fsdp=16, room=16)
+        for size in (15, 30)
+    ]
+    assert "remat=full" in advice[0] and "more chips" in advice[1]
