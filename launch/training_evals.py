@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from eupe_jax.evals import registry, report
 from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.models import zoo
-from eupe_jax.sharding.mesh import make_mesh, replicated
+from eupe_jax.sharding.mesh import replicated
 from eupe_jax.training.checkpoints import LoadedEncoder, versions
 from eupe_jax.training.loop import Eval
 from launch.load_any import with_teachers
@@ -33,6 +34,16 @@ def training_evals(config: ConfigDict, workdir: epath.PathLike) -> list[Eval]:
     return [_Evaluation(name, entry, config, epath.Path(workdir)).as_eval() for name, entry in config.evals.items()]
 
 
+def _whole(tree: Any) -> Any:
+    """The arrays uncut, on every device of the mesh they lie on."""
+    mesh = jax.tree.leaves(tree)[0].sharding.mesh  # the run's own: the order of its devices is a matter of the torus
+    return jax.jit(_same, out_shardings=replicated(mesh))(tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
 class _Evaluation:
     def __init__(self, name: str, entry: ConfigDict, config: ConfigDict, workdir: epath.Path) -> None:
         if set(entry) - FIELDS or not {"eval", "data", "every"} <= set(entry):
@@ -47,7 +58,6 @@ class _Evaluation:
         self.data = self.module.load(Path(entry.data), self.settings)
         if entry.get("teachers"):
             self.data = with_teachers(self.data, entry.teachers.to_dict())
-        self._gather = jax.jit(lambda tree: tree, out_shardings=replicated(make_mesh()))
 
     def as_eval(self) -> Eval:
         return Eval(self.name, self.entry.every, self.run)
@@ -57,7 +67,7 @@ class _Evaluation:
         for student in self.config.students:
             params = state["students"][student]
             held = {"params": params["params"]["backbone"], "buffers": params["buffers"]}
-            variables = jax.device_get(self._gather(held))  # every host takes part
+            variables = jax.device_get(_whole(held))  # every host takes part
             if jax.process_index() == 0:
                 metrics = self._measure(step, student, variables)
                 scalars |= {f"{student}/{key}": value for key, value in metrics.items()}

@@ -8,11 +8,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import common
 from eupe_jax.evals import knn
+from eupe_jax.sharding.mesh import AXES, replicated
 from eupe_jax.training import checkpoints
 from eupe_jax.training.loop import Eval, train
 from eupe_jax.training.measure import measure_statistics
@@ -61,6 +63,16 @@ def test_evaluating_leaves_no_trace_in_what_is_trained(setting, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain["students"], state["students"])
     rows = evaluated(folder / "run")
     assert [row["step"] for row in rows] == [2, 4] and all(0 <= row["neighbours/vit/top1"] <= 1 for row in rows)
+
+
+def test_devices_may_stand_in_any_order(setting, tmp_path):
+    """On a torus the run's mesh does not have them in the order of their numbers."""
+    config, folder, state = setting
+    devices = np.asarray(jax.devices())[::-1].reshape(-1, 1, 1)
+    moved = jax.device_put(jax.device_get(state), replicated(Mesh(devices, AXES)))
+    (each,) = training_evals(config, tmp_path)
+    found = {f"neighbours/{name}": value for name, value in each.run(4, moved).items()}
+    assert {"step": 4, **found} == evaluated(folder / "run")[-1]
 
 
 KILLED_RUN = """
