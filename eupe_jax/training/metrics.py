@@ -1,16 +1,19 @@
 """Metrics: averaged between logs with clu.metrics, written as TensorBoard events and as JSON lines."""
 
 import json
+import math
 
 import jax
+import numpy as np
 from clu.metrics import Average
 from etils import epath
 from tensorboardX import SummaryWriter
 
 
 class RunningMetrics:
-    """Averages of step metrics since the last `pop`.
+    """Averages of step metrics since the last `pop`, computed on the host: devices have a step under way.
 
+    A step whose gradients were not finite is told by "skipped"; its losses do not spoil those of the others.
     `add` keeps the newest step's values unread until the next call: reading a step late means that the host never
     waits for the step it has just dispatched.
     """
@@ -25,22 +28,27 @@ class RunningMetrics:
 
     def _merge(self, metrics: dict[str, jax.Array]) -> None:
         for name, value in jax.device_get(metrics).items():
-            average = Average.from_model_output(value)
+            finite = np.isfinite(value)
+            average = Average(total=np.where(finite, value, 0), count=np.where(finite, 1, 0))
             self._averages[name] = self._averages[name].merge(average) if name in self._averages else average
 
     def pop(self, *, final: bool = False) -> dict[str, float]:
-        """Averages of every step but the newest (`final`: including it), then starts afresh."""
+        """Averages of every step but the newest (`final`: including it), then starts afresh.
+
+        Values that are not finite are left out; NaN where no other is left.
+        """
         if final:
             self.add({})
         averages, self._averages = self._averages, {}
-        return {name: float(average.compute()) for name, average in averages.items()}
+        return {name: float(each.compute()) if each.count else math.nan for name, each in averages.items()}
 
 
 class MetricWriter:
     """Writes scalars to `workdir/tensorboard` and, as JSON lines, to a file beside it; silent where `enabled` is False.
 
     What was computed stands in metrics.jsonl: a run that was stopped and resumed has the same lines as one that never
-    stopped. How fast it went stands in timings.jsonl, which no two runs have alike.
+    stopped. How fast it went stands in timings.jsonl, which no two runs have alike. JSON has no NaN: what is not finite
+    is null there.
     """
 
     def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
@@ -59,10 +67,12 @@ class MetricWriter:
         self._write(self._timings, step, scalars)
 
     def _write(self, lines: "_Lines | None", step: int, scalars: dict[str, float]) -> None:
-        if lines is None or not scalars or not lines.append({"step": step, **scalars}):
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        if lines is None or not scalars or not lines.append({"step": step, **finite}):
             return
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        for name, value in finite.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         for each in (self._metrics, self._timings, self._events):
@@ -81,7 +91,7 @@ class _Lines:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         self._there = [line for line in kept if line["step"] == resume_step]
         partial = path.parent / f".{path.name}.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.write_text("".join(_json_line(line) for line in kept))
         partial.replace(path)
         self._file = path.open("a")
 
@@ -89,7 +99,7 @@ class _Lines:
         """Whether the line was new."""
         if line in self._there:
             return False
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(_json_line(line))
         self._file.flush()
         return True
 
@@ -97,12 +107,22 @@ class _Lines:
         self._file.close()
 
 
+def _json_line(line: dict) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
 def read_metrics(path: epath.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is dropped."""
-    lines = []
-    for line in epath.Path(path).read_text().splitlines():
+    """The lines of a metrics.jsonl; a last line cut short by a kill is dropped.
+
+    Raises:
+      ValueError: another line is damaged; names it.
+    """
+    written, lines = epath.Path(path).read_text().splitlines(), []
+    for number, line in enumerate(written, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            lines.append(json.loads(line, parse_constant=lambda _: None))
+        except json.JSONDecodeError as error:
+            if number == len(written):
+                break
+            raise ValueError(f"{path}, line {number} is damaged ({error}): mend or remove that line") from None
     return lines
