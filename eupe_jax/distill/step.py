@@ -134,8 +134,8 @@ def make_step(
         metrics: {"STUDENT/loss", "STUDENT/grad_norm", "STUDENT/skipped", "STUDENT/TEACHER/PART",
           "pair/RESOLUTIONS/STUDENT/loss" if `per_pair`}: float32 []. The pair's scale is in gradients, not in losses.
 
-      A student whose gradients are not finite keeps its parameters and its optimiser's state ("skipped" is 1 then);
-      the others of a family train on.
+      A student whose gradients are not finite keeps its parameters and its optimiser's moments ("skipped" is 1 then);
+      its learning rate goes on with the steps of the run, and the others of a family train on.
     """
     teacher_sides = dict(resolutions.teachers)
     scale = dict(loss.pair_scale).get(str(resolutions), 1.0)
@@ -203,11 +203,17 @@ def make_step(
 
 
 def _update(student: Student, old: Mapping, gradients: Any, finite: jax.Array) -> dict:
-    """The student after one step of its optimiser, or as it was where its gradients are not `finite`."""
+    """The student after one step of its optimiser, or as it was where its gradients are not `finite`.
+
+    Only the schedule counts every step, so that its rate is that of the run's step, for all students alike; Adam counts
+    the gradients it has seen, which is what its bias correction needs.
+    """
     updates, optimizer = student.optimizer.update(gradients, old["optimizer"], old["params"])
     new = {"params": optax.apply_updates(old["params"], updates), "optimizer": optimizer}
     kept = {name: old[name] for name in new}
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept) | {"buffers": old["buffers"]}
+    counts = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    chosen = jax.tree.map(lambda a, b: a if counts(a) else jnp.where(finite, a, b), new, kept, is_leaf=counts)
+    return chosen | {"buffers": old["buffers"]}
 
 
 def _mean_over_parts(function: Callable, batch: Any, parts: int, mesh: Mesh | None) -> Any:
