@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="of freed memory, for all alike")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # as PyTorch here; read when JAX is imported, which what follows does
     from eupe_jax.models import zoo
     from eupe_jax.training.host_memory import keep_freed_memory
 
@@ -294,7 +295,6 @@ def main() -> None:
             raise SystemExit(f"error: --students: {student} is of the family {family!r}, this compares 'vit' students")
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
     os.sched_setaffinity(0, cores)  # before the runtimes start their threads
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     kept = args.malloc == "keep" and keep_freed_memory()
 
     import jax
@@ -313,6 +313,7 @@ def main() -> None:
     facts = {
         "batch": args.batch,
         "side": args.side,
+        "platform": jax.default_backend(),
         "cores": len(cores),
         "malloc": "keep" if kept else "default",
         "machine": platform.processor() or platform.machine(),

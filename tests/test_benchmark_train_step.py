@@ -87,5 +87,5 @@ def test_a_run_writes_its_figures(tmp_path):
     figures = json.loads(file.read_text())
     for name in ("jax_images_per_s", "torch_eager_images_per_s", "torch_compile_images_per_s", "ratio"):
         assert figures[name] == figures["students"]["eupe_vitt16"][name] > 0
-    assert figures["student"] == "eupe_vitt16"
+    assert (figures["student"], figures["platform"]) == ("eupe_vitt16", "cpu")
     assert len(figures["students"]["eupe_vitt16"]["losses"]["torch_compile"]) == 3
