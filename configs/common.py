@@ -100,10 +100,13 @@ def base() -> ConfigDict:
     config.mesh.tensor = 1  # devices that share the work on each image; 1 unless an image's activations do not fit
     config.mesh.slices = 0  # TPU slices joined by the data-centre network, which the data axis spans; 0: as found
 
-    # How the chips compute. "auto" is what is known to be best for the chip; nothing here reaches a checkpoint.
+    # How the chips compute. "auto" is what is known to be best for the chip; no weights depend on it.
     config.compute = ConfigDict()
     config.compute.attention = "auto"  # "fused" (our TPU kernel), "cudnn" (GPU), "plain"
-    config.compute.teacher_gelu = "auto"  # "exact", "tanh": of frozen teachers alone; students are always exact
+    # "exact", "tanh": of frozen teachers alone; students are always exact. What "auto" is on the chips that begin a run
+    # is noted in its config.json and kept to: other chips must ask for the same. Statistics do not say with which they
+    # were measured: either serves.
+    config.compute.teacher_gelu = "auto"
     config.compute.async_collectives = "auto"  # "on", "off"
 
     # Evaluations inside training, name -> evaluation(...): every so many steps and at the end. What is trained does not

@@ -9,9 +9,8 @@ import jax
 from absl import flags
 from etils import epath
 
-from eupe_jax.training import distributed, profiling
+from eupe_jax.training import distributed, loop, profiling
 from eupe_jax.training.host_memory import keep_freed_memory
-from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from launch import cli, processes
 from launch.training_evals import training_evals
@@ -21,6 +20,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (local or gs:/
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the complete recipe and stop")
 STOP_AT = flags.DEFINE_integer("stop_at", None, "stop after this step, with a checkpoint", lower_bound=1)
 PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: trace these steps into WORKDIR/profile, such as 100:105")
+ON_CORRUPT = flags.DEFINE_enum(
+    "on_corrupt",
+    "stop",
+    loop.ON_CORRUPT,
+    "where the newest checkpoint is damaged: stop, or put it aside (WORKDIR/damaged) and go on from an intact one",
+)
 CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -40,11 +45,15 @@ def main() -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     _keep_compiled(workdir)
+    evals = training_evals(config, workdir)
     if not config.statistics and not config.statistics_from and _all_random(config):
         # a smoke test: nobody has measured its random teachers, so do that first
         config.statistics = str(workdir / "statistics")
+        loop.check_run(config, workdir, evals)
         measure_statistics(config, config.statistics)
-    train(config, workdir, evals=training_evals(config, workdir), stop_at=STOP_AT.value, profile=profile)
+    loop.train(
+        config, workdir, evals=evals, stop_at=STOP_AT.value, profile=profile, on_corrupt=ON_CORRUPT.value
+    )
     if distributed.is_main():
         print(f"done: {workdir}")
 

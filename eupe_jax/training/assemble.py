@@ -24,7 +24,7 @@ from eupe_jax.distill.teacher_spec import fingerprint as teacher_fingerprint
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import interchange, zoo
 from eupe_jax.sharding.rules import FROZEN_RULES, shardings
-from eupe_jax.training import checkpoints, kernels, weight_files
+from eupe_jax.training import checkpoints, integrity, kernels, weight_files
 from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.fingerprint import fingerprint
 from eupe_jax.training.optimizer import make_optimizer
@@ -296,6 +296,8 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
         if take_adapters:
             try:
                 adapters = checkpoints.restore_item(step, f"{source}.adapters", adapters)
+            except integrity.CorruptCheckpoint:
+                raise
             except (ValueError, FileNotFoundError) as error:
                 raise ValueError(
                     f"students.{name}.init_from: the adapters in {path} do not fit this run's teachers and "

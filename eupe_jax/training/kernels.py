@@ -72,6 +72,13 @@ def check(compute: ConfigDict) -> None:
             raise ValueError(f"compute.{field} is {compute[field]!r}: use one of {', '.join(known)}")
 
 
+def teacher_gelu(compute: ConfigDict, mesh: Mesh) -> str:
+    """What `compute.teacher_gelu` means on these devices: "exact" or "tanh"."""
+    if compute.teacher_gelu != "auto":
+        return compute.teacher_gelu
+    return "tanh" if _chip(mesh) in _TANH else "exact"
+
+
 def attention_fn(choice: str, mesh: Mesh) -> Callable | FusedAttention | None:
     """The attention of the encoders on these devices; None: plain.
 
@@ -115,9 +122,7 @@ def _gelu(compute: ConfigDict, mesh: Mesh, model: str, frozen: bool) -> Callable
     fields = zoo.family(model).module.__dataclass_fields__
     if "gelu" not in fields or fields["gelu"].default is not exact_gelu:
         return None
-    choice = compute.teacher_gelu if frozen else "exact"
-    if choice == "auto":
-        choice = "tanh" if _chip(mesh) in _TANH else "exact"
+    choice = teacher_gelu(compute, mesh) if frozen else "exact"
     if not frozen and mesh.devices.flat[0].platform == "cpu":
         return exact_gelu_with_slope  # memory is slow here: fewer arrays to keep are a tenth of a step's time
     return {"exact": exact_gelu, "tanh": tanh_gelu}[choice]

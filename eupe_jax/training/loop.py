@@ -1,15 +1,19 @@
 """One training run, top to bottom. The same lines serve all three stages: only the config differs."""
 
+import contextlib
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -17,7 +21,7 @@ from eupe_jax.distill import resolutions
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import assemble, pipeline, program, summary
+from eupe_jax.training import assemble, kernels, pipeline, program, summary
 from eupe_jax.training.checkpoints import Checkpoints, abstract
 from eupe_jax.training.distributed import is_main
 from eupe_jax.training.mesh_check import check_mesh
@@ -28,6 +32,8 @@ from eupe_jax.training.profiling import Profiler
 from eupe_jax.training.timing import Timing
 
 LOGGER = logging.getLogger(__name__)
+
+ON_CORRUPT = ("stop", "fallback")
 
 
 @dataclass(frozen=True)
@@ -50,26 +56,42 @@ def train(
     evals: Sequence[Eval] = (),
     stop_at: int | None = None,
     profile: tuple[int, int] | None = None,
+    on_corrupt: str = "stop",
 ) -> dict:
     """Trains until `config.total_steps`, resuming from the newest checkpoint in `workdir`; returns the final state.
 
     Args:
       stop_at: stop early after this step, with a checkpoint, without changing the schedule; run again to go on.
       profile: (first, last) step to trace into `workdir/profile`.
+      on_corrupt: what to do where the newest checkpoint is damaged, one of ON_CORRUPT: "stop", or "fallback": put it
+        aside and go on from the newest intact one.
 
     Raises:
       ValueError, OSError: bad config, data, statistics, checkpoint or workdir, before anything is trained.
     """
+    with contextlib.ExitStack() as opened:
+        state = _train(opened, config, epath.Path(workdir), evals, stop_at, profile, on_corrupt)
+    sync_global_devices("trained")  # whoever leaves early would not wait for the one that evaluates
+    return state
+
+
+def _train(
+    opened: contextlib.ExitStack,
+    config: ConfigDict,
+    workdir: epath.Path,
+    evals: Sequence[Eval],
+    stop_at: int | None,
+    profile: tuple[int, int] | None,
+    on_corrupt: str,
+) -> dict:
+    """`train`; `opened` closes what it opens."""
     # ---- where the run lives
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    pipeline.check_config(config)
-    check_evals(evals, config.log_every)
-    check_workdir(workdir, config)
+    if on_corrupt not in ON_CORRUPT:
+        raise ValueError(f"on_corrupt is {on_corrupt!r}: use one of {', '.join(ON_CORRUPT)}")
+    config, mesh = check_run(config, workdir, evals)
     data = pipeline.Data(config)
     check_data(workdir, data.facts)
-    mesh = make_mesh(**config.mesh)
-    check_mesh(config, mesh, jax.process_count())
+    workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- who teaches, and on what scale
     teachers = assemble.load_teachers(config, mesh)
@@ -80,9 +102,11 @@ def train(
     students = assemble.make_students(config, teachers.by_name, mesh)
     state = assemble.init_state(config, students, mesh)
     saver = Checkpoints(workdir, config.checkpoint)
-    if saver.latest_step is not None:
-        state = saver.restore(state, saver.latest_step)
-        LOGGER.info("resumed from step %d", saver.latest_step)
+    _close_at_end(opened, saver)
+    restored = saver.restore_latest(state, fallback=on_corrupt == "fallback")
+    if restored is not None:
+        state = restored
+        LOGGER.info("resumed from step %d", int(state["step"]))
     manifest = assemble.manifest(config, teachers, statistics)
     start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
     profiler = Profiler(profile, workdir / "profile", start=start, end=end)
@@ -99,10 +123,12 @@ def train(
     for chosen, step in steps.items():
         LOGGER.info("%s: %s", chosen, summary.describe_memory(step, mesh.devices.flat[0]))
     schedule = make_schedule(config.optimizer, config.batch_size, config.total_steps)
+    rates = np.asarray(schedule(np.arange(config.total_steps)))  # all at once: devices will have a step under way
     flops = count_flops(config, coming, teachers.by_name)
 
     # ---- what it sees
     batches = data.batches(teachers.hosts, mesh, start_step=start)
+    _close_at_end(opened, batches)
 
     if is_main():
         _record(workdir / "config.json", config.to_dict())
@@ -111,7 +137,10 @@ def train(
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
     running = RunningMetrics()
     writer = MetricWriter(workdir, resume_step=start, enabled=is_main())
+    for each in (profiler, writer):
+        _close_at_end(opened, each)
     bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not is_main(), desc=workdir.name)
+    _close_at_end(opened, bar)
     timing = Timing(config.batch_size, flops, mesh.devices.flatten().tolist())
 
     def log(step: int, *, final: bool = False) -> None:
@@ -123,7 +152,7 @@ def train(
             return
         times = timing.pop()
         with timing.part("log"):
-            writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
+            writer.write(step, scalars | {"learning_rate": float(rates[step - 1])})
             writer.write_timings(step, times)
             losses = {name: scalars.get(f"{name}/loss") for name in students}
             bar.set_postfix({name: value for name, value in losses.items() if value is not None} | in_short(times))
@@ -133,45 +162,70 @@ def train(
             for each in due:
                 writer.write(step, {f"{each.name}/{k}": v for k, v in each.run(step, state).items()})
 
-    try:
-        if start:  # what was due at the step this run resumes from, and may have been killed
-            evaluate(evals_due(evals, start, config.total_steps), start)
-        for step in range(start, end):
-            chosen, done = drawn(config, step), step + 1
-            if profiler.begins(done):
-                with timing.part("profile"):
-                    profiler.start(state)
-            with timing.part("data"):
-                batch = next(batches)
-            with timing.part("dispatch"), profiler.step(done):
-                state, metrics = steps[chosen](state, batch, teachers.variables, placed_statistics)
-            with timing.part("wait"):
-                running.add(metrics)
-            if step > start and step % config.log_every == 0:
-                log(step)
-            timing.step(chosen)
-            if profiler.ends(done):
-                with timing.part("profile"):
-                    profiler.stop(state)
-            bar.update()
-            due = evals_due(evals, done, config.total_steps)
-            if due or done == end or done % config.log_every == done % config.checkpoint.save_every == 0:
-                # what the next step would log: a run that is killed once this one is saved would lose the line
-                log(done, final=True)
+    if start:  # what was due at the step this run resumes from, and may have been killed
+        evaluate(evals_due(evals, start, config.total_steps), start)
+    for step in range(start, end):
+        chosen, done = drawn(config, step), step + 1
+        if profiler.begins(done):
+            with timing.part("profile"):
+                profiler.start(state)
+        with timing.part("data"):
+            batch = next(batches)
+        with timing.part("dispatch"), profiler.step(done):
+            state, metrics = steps[chosen](state, batch, teachers.variables, placed_statistics)
+        with timing.part("wait"):
+            running.add(metrics)
+        if step > start and step % config.log_every == 0:
+            log(step)
+        timing.step(chosen)
+        if profiler.ends(done):
+            with timing.part("profile"):
+                profiler.stop(state)
+        bar.update()
+        due = evals_due(evals, done, config.total_steps)
+        if due or done == end or done % config.log_every == done % config.checkpoint.save_every == 0:
+            # what the next step would log: a run that is killed once this one is saved would lose the line
+            log(done, final=True)
+        with timing.part("save"):
+            saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
+        if due:  # saved first: a run that is killed while evaluating loses nothing
             with timing.part("save"):
-                saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
-            if due:  # saved first: a run that is killed while evaluating loses nothing
-                with timing.part("save"):
-                    saver.wait()
-                evaluate(due, done)
-    finally:
-        bar.close()
-        batches.close()
-        writer.close()
-        profiler.close()
-        saver.close()
-    sync_global_devices("trained")  # whoever leaves early would not wait for the one that evaluates
+                saver.wait()
+            evaluate(due, done)
     return state
+
+
+def _close_at_end(opened: contextlib.ExitStack, each: Any) -> None:
+    """Closes it when `opened` ends; an error of doing so never hides the one that ended the run."""
+
+    def close(_kind: object, error: BaseException | None, _traceback: object) -> None:
+        try:
+            each.close()
+        except Exception as another:
+            if error is None:
+                raise
+            LOGGER.warning("closing after an error: %s: %s", type(another).__name__, another)
+
+    opened.push(close)
+
+
+def check_run(config: ConfigDict, workdir: epath.Path, evals: Sequence[Eval]) -> tuple[ConfigDict, Mesh]:
+    """What can be seen to be wrong before anything is made, loaded or compiled.
+
+    Returns:
+      The config as its `config.json` has it, with `compute.teacher_gelu` as it is on these chips, and the mesh.
+
+    Raises:
+      ValueError: names the field and the fix.
+    """
+    pipeline.check_config(config)
+    check_evals(evals, config.log_every)
+    mesh = make_mesh(**config.mesh)
+    check_mesh(config, mesh, jax.process_count())
+    config = config.copy_and_resolve_references()
+    config.compute.teacher_gelu = kernels.teacher_gelu(config.compute, mesh)
+    check_workdir(workdir, config)
+    return config, mesh
 
 
 def drawn(config: ConfigDict, step: int) -> resolutions.Resolutions:
@@ -223,11 +277,12 @@ def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:
     return [each for each in evals if step % each.every == 0 or step == total_steps]
 
 
-# Fields that change what is computed by rounding at most: a resumed run may differ in them. The GELU of teachers is
-# none of them: it moves the targets.
+# Fields that change what is computed by rounding at most: a resumed run may differ in them; "*" is any name. The GELU
+# of teachers is none of them, because it moves the targets: the config of a run says which it began with, never "auto".
 FREE_FIELDS = (
     "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
-    "accumulate", "compute.attention", "compute.async_collectives",
+    "accumulate", "compute.attention", "compute.async_collectives", "students.*.remat", "*.overrides.remat",
+    "*.overrides.scan_unroll", "*.overrides.depthwise",
 )  # fmt: skip
 
 
@@ -275,7 +330,7 @@ def _record(path: epath.Path, value: Mapping) -> None:
 
 
 def _differences(old: object, new: object, prefix: str = ""):
-    if prefix.rstrip(".") in FREE_FIELDS:
+    if any(fnmatchcase(prefix.rstrip("."), free) for free in FREE_FIELDS):
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):

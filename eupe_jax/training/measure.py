@@ -1,5 +1,7 @@
 """Measuring the frozen statistics of a run's teachers (EUPE §3.3: 500 iterations before training)."""
 
+import contextlib
+
 import jax
 from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
@@ -22,19 +24,19 @@ def measure_statistics(config: ConfigDict, out: epath.PathLike) -> dict[str, Sta
     Raises:
       ValueError, OSError: bad config, data, or output folder. Files are written only when all is measured.
     """
-    out = epath.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    pipeline.check_config(config)
     mesh = make_mesh(**config.mesh)
     check_mesh(config, mesh, jax.process_count())
+    out = epath.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     teachers = assemble.load_teachers(config, mesh)
     accumulators = {name: Accumulator() for name in teachers.by_name}
     forward = pipeline.TeacherForward(config, teachers, mesh)
-    batches = pipeline.batches(config, teachers.hosts, mesh, start_step=0)
     silent = not distributed.is_main()
-    for step in tqdm(range(config.statistics_steps), desc="statistics", unit="batch", disable=silent):
-        for name, tokens in forward(step, next(batches)).items():
-            accumulators[name].add(tokens)
-    batches.close()
+    with contextlib.closing(pipeline.batches(config, teachers.hosts, mesh, start_step=0)) as batches:
+        for step in tqdm(range(config.statistics_steps), desc="statistics", unit="batch", disable=silent):
+            for name, tokens in forward(step, next(batches)).items():
+                accumulators[name].add(tokens)
     statistics = {
         name: accumulators[name].finish(assemble.provenance(config, name, teacher))
         for name, teacher in teachers.by_name.items()

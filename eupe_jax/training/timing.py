@@ -1,7 +1,8 @@
 """Where the time of a run goes: measured on the host, without waiting for devices any more than the loop does.
 
 A step's metrics are read one step late, so `wait_s` is how long the host waited for devices that were still busy: close
-to `step_s` when the devices are what holds the run up, close to zero when data are (`data_s`).
+to `step_s` when the devices are what holds the run up, close to zero when data are (`data_s`). With several processes
+`log_s` has a wait for the step under way: counts of broken records are gathered across devices.
 """
 
 import time

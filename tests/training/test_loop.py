@@ -1,5 +1,9 @@
 """Whole runs: stop and resume, several students, other meshes, starting points, refusals."""
 
+import contextlib
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from eupe_jax.models import interchange
 from eupe_jax.sharding import rules
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.training import checkpoints, loop, pipeline
+from eupe_jax.training.integrity import CorruptCheckpoint
 from eupe_jax.training.loop import Eval, train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
@@ -134,6 +139,58 @@ def test_next_stage_starts_from_this_one(whole_run, tmp_path):
     following.adapter.hidden_dim = 24
     with pytest.raises(ValueError, match="init_adapters=False"):
         train(following, tmp_path / "other")
+    source = tmp_path / "damaged"
+    shutil.copytree(checkpoints.step_directory(workdir), source)
+    spoil(source / "vit.adapters")
+    following.students.vit.init_from = str(source)
+    with pytest.raises(CorruptCheckpoint, match="vit.adapters/"):
+        train(following, tmp_path / "other")
+
+
+def spoil(folder):
+    """Another last byte in the largest file there."""
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_a_damaged_checkpoint_stops_the_run_or_is_put_aside(whole_run, tmp_path):
+    config, whole, state = whole_run
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    spoil(workdir / "checkpoints" / "4")
+    with pytest.raises(ValueError, match="on_corrupt is 'ignore': use one of stop, fallback"):
+        train(config, workdir, on_corrupt="ignore")
+    with pytest.raises(CorruptCheckpoint, match="--on_corrupt=fallback"):
+        train(config, workdir)
+    assert_same(train(config, workdir, on_corrupt="fallback"), state)
+    assert [p.name for p in (workdir / "damaged").iterdir()] == ["4"]
+    assert read_metrics(workdir / "metrics.jsonl") == read_metrics(whole / "metrics.jsonl")
+
+
+def test_errors_of_closing_do_not_hide_the_first(caplog):
+    closed = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            closed.append(self.name)
+            raise OSError(f"{self.name} does not close")
+
+    def run(error=None):
+        with contextlib.ExitStack() as opened:
+            for name in ("saver", "batches"):
+                loop._close_at_end(opened, Part(name))
+            if error:
+                raise error
+
+    with pytest.raises(RuntimeError, match="lost"):
+        run(RuntimeError("lost"))
+    with pytest.raises(OSError, match="batches does not close"):
+        run()
+    assert closed == 2 * ["batches", "saver"] and "saver does not close" in caplog.text
 
 
 def test_start_from_an_official_file(whole_run, tmp_path):
@@ -191,6 +248,19 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
     other.data.max_broken_fraction = 0.5  # what stops a run may be changed to go on with it
     with pytest.raises(ValueError, match=r"go back to: optimizer.weight_decay=0.0001 \(now 0.5\)$"):
         train(other, workdir)
+
+
+def test_what_only_rounds_may_change_and_what_teachers_say_may_not(whole_run):
+    config, workdir, _ = whole_run
+    assert json.loads((workdir / "config.json").read_text())["compute"]["teacher_gelu"] == "exact"
+    other = config.copy_and_resolve_references()
+    other.students.vit.remat = "full"
+    other.students.vit.overrides.scan_unroll = 2
+    other.teachers.a.overrides.scan_unroll = 2
+    loop.check_run(other, workdir, [])
+    other.compute.teacher_gelu = "tanh"
+    with pytest.raises(ValueError, match=r"go back to: compute.teacher_gelu='exact' \(now 'tanh'\)$"):
+        loop.check_run(other, workdir, [])
 
 
 @pytest.fixture
@@ -280,6 +350,16 @@ def test_bad_fields_are_named(tiny_statistics, tmp_path, field, value, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(config, tmp_path)
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("total_steps", 0), ("mesh.fsdp", 3)])
+def test_what_is_refused_at_once_leaves_no_folder(tmp_path, field, value):
+    config = tiny_config()
+    config.update_from_flattened_dict({field: value})
+    for begin in (train, measure_statistics):
+        with pytest.raises(ValueError, match=field):
+            begin(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_sizes_that_do_not_fit_the_patch_are_refused_before_anything_is_loaded():
