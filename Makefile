@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 IMAGES ?=
 ARGS ?=
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test plans lint install clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile $(ARGS)
+
+# every report of docs/plans, predicted from programs compiled for TPUs that are not there: hours on two cores, resumable
+plans: install
+	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
+	$(BIN)/python benchmarks/plans.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
