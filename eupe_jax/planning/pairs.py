@@ -1,6 +1,6 @@
 """Which (student, teacher) resolutions are compiled, and the step time of those that are not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,31 +17,40 @@ def every_pair(config: ConfigDict) -> list[Resolutions]:
 
 
 def choose(config: ConfigDict, wanted: Sequence[str] = ()) -> list[Resolutions]:
-    """The pairs to compile: those `wanted` as "STUDENT:TEACHER" sides in pixels, "all"; by default all where there are
-    few, else the smallest, the largest, and the smallest student with the largest teacher.
+    """The pairs to compile: those `wanted`, "all"; by default all where there are few, else the smallest, the largest,
+    and the smallest student with the largest teachers.
 
-    A teacher with one resolution keeps it, whatever TEACHER says.
+    wanted: as `label` writes them, or "STUDENT:TEACHER" sides in pixels, where a teacher with one resolution keeps it,
+      whatever TEACHER says.
 
     Raises:
-      ValueError: not two numbers, or no pair of this config.
+      ValueError: no pair of this config.
     """
     pairs = every_pair(config)
     if list(wanted) == ["all"] or (not wanted and len(pairs) <= FEW):
         return pairs
     if not wanted:
-        students, teachers = config.student_resolutions, [s for sides in teacher_sizes(config).values() for s in sides]
-        corners = (min(students), min(teachers)), (max(students), max(teachers)), (min(students), max(teachers))
-        return [pair for student, side in corners if (pair := _find(config, pairs, student, side))]
-    return [_parse(config, pairs, text) for text in wanted]
+        return list(dict.fromkeys(_corner(config, *picks) for picks in ((min, min), (max, max), (min, max))))
+    return list(dict.fromkeys(pair for text in wanted for pair in _parse(config, pairs, text)))
 
 
-def _parse(config: ConfigDict, pairs: Sequence[Resolutions], text: str) -> Resolutions:
+def _corner(config: ConfigDict, student: Callable, teacher: Callable) -> Resolutions:
+    """The pair of the smallest or largest (`min`, `max`) resolutions."""
+    sides = sorted(teacher_sizes(config).items())
+    return Resolutions(
+        int(student(config.student_resolutions)), tuple((name, int(teacher(sizes))) for name, sizes in sides)
+    )
+
+
+def _parse(config: ConfigDict, pairs: Sequence[Resolutions], text: str) -> list[Resolutions]:
+    if found := [pair for pair in pairs if label(pair) == text]:
+        return found
     student, _, teacher = text.partition(":")
     found = _find(config, pairs, int(student), int(teacher)) if student.isdigit() and teacher.isdigit() else None
     if found is None:
         known = ", ".join(dict.fromkeys(label(pair) for pair in pairs))
         raise ValueError(f"--pairs={text}: this config has the pairs {known}")
-    return found
+    return [found]
 
 
 def _find(config: ConfigDict, pairs: Sequence[Resolutions], student: int, side: int) -> Resolutions | None:

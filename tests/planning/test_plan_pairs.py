@@ -25,6 +25,24 @@ def test_pairs_are_chosen_by_their_sides():
     assert only.student == 256 and dict(only.teachers)["dinov3"] == 256
 
 
+def test_a_pair_is_chosen_by_the_name_that_reports_give_it():
+    (only,) = pairs.every_pair(stage1_proxy.get_config())
+    assert pairs.label(only) == "256:256+448"
+    assert pairs.choose(stage1_proxy.get_config(), ["256:256+448", "256:448"]) == [only]
+
+
+def test_corners_of_teachers_with_different_pyramids_and_of_one_student_size():
+    config = stage3_vitb.get_config().copy_and_resolve_references()
+    with config.unlocked():
+        config.teachers.other = config.teachers.proxy.copy_and_resolve_references()
+        config.teachers.other.resolutions = (224, 448)
+    assert labels(pairs.choose(config)) == ["256:224+256", "512:448+512", "256:448+512"]
+    with config.unlocked():
+        config.student_resolutions = (256,)
+    assert labels(pairs.choose(config)) == ["256:224+256", "256:448+512"]
+    assert labels(pairs.choose(config, ["256:224+384"])) == ["256:224+384"]
+
+
 @pytest.mark.parametrize("text", ["256", "256:257", "a:b", "512x512"])
 def test_a_pair_that_does_not_exist_is_refused(text):
     with pytest.raises(ValueError, match=f"--pairs={text}: this config has the pairs 256:256, 256:384"):
