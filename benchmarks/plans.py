@@ -33,6 +33,7 @@ compiled program. **All figures are predicted**; each report ends in the assumpt
 `python benchmarks/plans.py` (one command, resumable); one plan: `python launch/plan.py --help`.
 [choices.md](choices.md) has what kernels, GELU and asynchronous collectives do per chip.
 """
+TRIED = "[tried.md](tried.md) has what else was tried.\n"  # written by hand
 
 
 def make(recipe: str, topology: str, cache: Path) -> dict:
@@ -64,7 +65,7 @@ def row(recipe: str, topology: str, plan: dict) -> tuple[str, ...]:
 
 
 COLUMNS = ("recipe", "pod", "batch", "HBM free", "step", "predicted MFU", "images/s", "days", "chip-hours",
-           "exposed collectives", "compiling took", "made", "problems")  # fmt: skip
+           "exposed, mean of compiled pairs", "compiling took", "made", "problems")  # fmt: skip
 
 
 def main() -> None:
@@ -77,6 +78,8 @@ def main() -> None:
     every = [(recipe, topology) for recipe in RECIPES for topology in TOPOLOGIES]
     wanted = [(r, t) for r, t in every if (args.only or "") in r and args.topology in (None, t)]
     index, failed = args.out / "index.json", 0
+    if not wanted:
+        parser.error(f"--only={args.only}: no such recipe, of {', '.join(RECIPES)}")
     rows = json.loads(index.read_text()) if index.exists() else {}
     for recipe, topology in tqdm(wanted, unit="plan"):
         name = file_name(recipe, topology)
@@ -90,7 +93,9 @@ def main() -> None:
             failed += 1
         write_atomically(index, json.dumps(rows, indent=1).encode())
         in_order = [rows[file_name(r, t)] for r, t in every if file_name(r, t) in rows]
-        write_atomically(args.out / "README.md", f"{INTRODUCTION}\n{report.table(COLUMNS, in_order)}\n".encode())
+        tried = TRIED if (args.out / "tried.md").exists() else ""
+        text = f"{INTRODUCTION}{tried}\n{report.table(COLUMNS, in_order)}\n"
+        write_atomically(args.out / "README.md", text.encode())
     print((args.out / "README.md").read_text())
     sys.exit(1 if failed else 0)
 

@@ -26,7 +26,8 @@ def _title(plan: dict[str, Any]) -> str:
 
 
 def _introduction(plan: dict[str, Any]) -> str:
-    lines = [f"Made {plan['date']} by launch/plan.py ({', '.join(plan['versions'])}); everything is predicted."]
+    made = f"{', '.join(plan['versions'])}, this project's code {plan['code']}"
+    lines = [f"Made {plan['date']} by launch/plan.py ({made}); everything is predicted."]
     if plan.get("overrides"):
         lines.append(f"Overrides: `{' '.join(plan['overrides'])}`.")
     return " ".join(lines)

@@ -14,6 +14,7 @@ from eupe_jax.planning.plan import make_plan
 from eupe_jax.planning.report import milliseconds, table
 
 AXES = {"remat": ("none", "names", "full"), "accumulate": (1, 2, 4), "fsdp": (8, 16, 32), "tensor": (1, 2)}
+KEYS = ("fits", "hbm_free_fraction", "step_seconds", "predicted_mfu", "model_flops", "collectives", "chip_hours")
 ERRORS = (ValueError, OSError, ImportError)  # a process that died is an OSError
 
 
@@ -94,7 +95,17 @@ def _order(row: dict[str, Any]) -> tuple:
     plan = row["plan"]
     if plan is None:
         return (2, 0.0)
-    return (0, plan["step_seconds"]) if plan["step_seconds"] is not None else (1, -plan["hbm_free_fraction"])
+    return (0, plan["step_seconds"]) if plan["fits"] else (1, -plan["hbm_free_fraction"])
+
+
+def document(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a sweep comes to: the plan of its best row, and which variant that is, beside all rows.
+
+    Where no variant fits, that of the one that is nearest to it; where none could be planned, figures are None.
+    """
+    best = rows[0]
+    plan = best["plan"] or dict.fromkeys(KEYS) | {"fits": False, "collectives": [], "problems": [best["error"]]}
+    return plan | {"variant": best["variant"], "rows": list(rows)}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

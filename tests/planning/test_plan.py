@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ import pytest
 
 from benchmarks import plans
 from configs import stage2_vitb, stage3_vitb
-from eupe_jax.planning import background, pairs, plan, report, sweep, traced
-from eupe_jax.planning.compiling import kept_json, write_atomically
+from eupe_jax.planning import pairs, plan, report, sweep, traced
+from eupe_jax.planning.compiling import write_atomically
 from eupe_jax.sharding import chips
 from eupe_jax.training.model_flops import step_flops
 
@@ -125,6 +124,14 @@ def test_a_step_that_compiles_and_does_not_fit_is_not_timed():
     assert whole["step_seconds"] is None and whole["days"] is None and "predicted MFU" not in report.markdown(whole)
 
 
+def test_the_index_refuses_a_recipe_that_does_not_exist(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plans.py", "--only=nosuch", f"--out={tmp_path / 'new'}"])
+    with pytest.raises(SystemExit) as ended:
+        plans.main()
+    assert ended.value.code == 2 and "--only=nosuch: no such recipe" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 # ---- what is refused before anything is compiled
 
 
@@ -200,6 +207,45 @@ def test_the_command_refuses_in_one_line():
     assert result.stderr.startswith("error: --topology=v5e-256 is unknown")
 
 
+def test_flags_that_would_do_nothing_or_fail_after_hours_are_refused(tmp_path):
+    """In a process of its own: commands define the same flags."""
+    (tmp_path / "file").write_text("")
+    refused = {
+        f"--json={tmp_path}": "is a folder", f"--sweep --json={tmp_path}": "is a folder",
+        f"--out={tmp_path}/file/x.md": "--out: the folder", f"--hlo={tmp_path}/file": "--hlo: the folder",
+        f"--sweep --hlo={tmp_path}/hlo": "--hlo is for one plan", "--remat=full": "--remat compares variants",
+        "--product": "--product compares", "--sweep --accumulate=1,x": "--accumulate=1,x: give whole numbers",
+        "--sweep --remat=": "--remat=: give at least one",
+    }  # fmt: skip
+    code = """
+import json, sys
+from absl import flags
+from absl.testing import flagsaver
+from launch import plan
+said = {}
+for words in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS(["plan.py", *words.split(" ")])
+            plan._check_flags()
+        except (flags.Error, ValueError) as error:
+            said[words] = str(error)
+overrides = plan._overrides(["--config=a.py", "--config.b=1", "--config.c", "2", "--json=x", "--config.d", "--sweep"])
+print(json.dumps([said, overrides, plan.AXES["fsdp"].value]))
+"""
+    fine = [f"--sweep --json={tmp_path}/sweep --accumulate=1,2", f"--json={tmp_path}/a/b.json --out={tmp_path}/x.md"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([*refused, *fine])], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said, overrides, default = json.loads(done.stdout)
+    assert said.keys() == refused.keys()
+    for words, part in refused.items():
+        assert part in said[words]
+    assert (tmp_path / "sweep_rows").is_dir() and (tmp_path / "a").is_dir()
+    assert overrides == ["--config.b=1", "--config.c=2", "--config.d"] and default == list(sweep.AXES["fsdp"])
+
+
 def test_without_libtpu_the_extra_is_named_after_what_is_wrong_with_the_config(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = stage2_vitb.get_config("runlocal")
@@ -219,26 +265,20 @@ def test_a_plan_from_the_command_line_to_json(tmp_path):
     assert KEYS <= set(found) and found["fits"] and 0.9 < found["hbm_free_fraction"] < 1
     assert found["step_seconds"] > 0 and 0 < found["predicted_mfu"] < 1 and not found["problems"]
     assert abs(found["pairs"][0]["flops_difference"]) <= plan.FLOPS_TOLERANCE
-    assert (tmp_path / "plan.md").read_text() in result.stdout
+    report_ = (tmp_path / "plan.md").read_text()
+    assert report_ in result.stdout and found["code"] in report_
     assert [p.name for p in (tmp_path / "hlo").iterdir()] == ["32_32.hlo.gz"]
     assert not list(tmp_path.rglob("*.tmp"))
+    # again, from the cache; with a problem in it, the status says so
+    (kept,) = (tmp_path / "cache").glob("pair-*.json")
+    write_atomically(kept, json.dumps(json.loads(kept.read_text()) | {"problems": ["no gradient"]}).encode())
     begun = time.monotonic()
     again = command(*flags)
-    assert again.returncode == 0 and again.stdout == result.stdout and "0:0" not in again.stderr
-    assert time.monotonic() - begun < 120
-
-
-def test_interrupted_work_ends_at_once():
-    """Ctrl-C in the middle of the work, which would take a minute."""
-    code = "import sys, time; from eupe_jax.planning import background; print('up', flush=True); "
-    code += "background.run(time.sleep, 60, title='t')"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
-        p.stdout.readline()
-        time.sleep(1)
-        begun = time.monotonic()
-        p.send_signal(signal.SIGINT)
-        p.communicate(timeout=30)
-    assert p.returncode != 0 and time.monotonic() - begun < 30
+    assert again.returncode == 1 and "0:0" not in again.stderr and time.monotonic() - begun < 120
+    lines = [line for line in again.stdout.splitlines() if line != "- PROBLEM: no gradient"]
+    assert lines[2].startswith("Made ") and lines[:2] + lines[3:] == result.stdout.splitlines()[:2] + (
+        result.stdout.splitlines()[3:]
+    )
 
 
 # ---- sweeps
@@ -320,32 +360,9 @@ def test_rows_are_ordered_by_predicted_time_with_those_that_do_not_fit_last():
     rows.sort(key=sweep._order)
     assert [row["variant"]["fsdp"] for row in rows] == [2, 1, 0, 3]
     assert "300.0 ms" in sweep.markdown(rows).splitlines()[2]
-
-
-# ---- work in another process, files
-
-
-def test_another_process_gives_its_result_its_errors_and_its_death():
-    assert background.run(divmod, 7, 2, title="t") == (3, 1)
-    with pytest.raises(ValueError, match="invalid literal"):
-        background.run(int, "x", title="t")
-    with pytest.raises(background.ChildFailed, match="status 3"):
-        background.run(os._exit, 3, title="t")
-    with pytest.raises(background.ChildFailed, match="t: ZeroDivisionError") as error:
-        background.run(divmod, 1, 0, title="t")
-    assert "Traceback" in error.value.__notes__[0]
-
-
-def test_a_kept_result_is_not_made_again(tmp_path):
-    path = tmp_path / "a" / "result.json"
-    assert kept_json(path, lambda: {"x": 1}) == {"x": 1}
-    assert kept_json(path, lambda: pytest.fail("made again")) == {"x": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "text")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    whole = sweep.document(rows)
+    assert KEYS <= set(whole) and whole["fits"] and whole["step_seconds"] == pytest.approx(0.3)
+    assert whole["variant"] == {"fsdp": 2} and whole["rows"] == rows
+    none = sweep.document(rows[3:])
+    assert KEYS <= set(none) and not none["fits"] and none["problems"] == ["no"] and none["step_seconds"] is None
+    assert sweep.document(rows[2:])["fits"] is False
