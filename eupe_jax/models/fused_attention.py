@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,10 @@ class FusedAttention:
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     interpret: bool = False
 
-    def fits(self, num_heads: int, head_dim: int, tokens: int) -> bool:
+    def fits(self, num_heads: int, head_dim: int, tokens: int, dtype: Any) -> bool:
         """Whether there is a kernel for such heads: halves of them, and one program's data within fast memory."""
         heads = _Heads.of(num_heads, head_dim)
-        return head_dim % 2 == 0 and _fast_bytes(tokens, heads) <= VMEM_BYTES
+        return head_dim % 2 == 0 and _fast_bytes(tokens, heads, jnp.dtype(dtype).itemsize) <= VMEM_BYTES
 
     def __call__(self, qkv_BxTx3D: jax.Array, sin_NxK: jax.Array, cos_NxK: jax.Array, num_heads: int) -> jax.Array:
         """[B, T, D] from a projection with permuted columns (`permute_columns`), in its dtype.
@@ -120,13 +121,14 @@ class _Heads:
         return slice(h * self.width // 2, (h + 1) * self.width // 2)
 
 
-def _fast_bytes(tokens: int, heads: _Heads) -> int:
+def _fast_bytes(tokens: int, heads: _Heads, item: int) -> int:
     """What a backward program holds in fast memory, about: its inputs and outputs twice (one image is read or written
-    while another is computed), both tables, float32 copies of four halves and a block of logits three times over.
+    while another is computed; `item` bytes an element), both tables, float32 copies of four halves and a block of
+    logits three times over.
     """
     row = tokens * 2 * heads.half  # elements of queries, keys, values, output or a gradient
     rows = min(tokens, WHOLE_ROWS if tokens <= WHOLE_ROWS else ROWS)
-    return 2 * 8 * 2 * row + 2 * 4 * row // 2 * 2 + 8 * 4 * row // 2 + 3 * 4 * rows * tokens
+    return 2 * 8 * item * row + 2 * 4 * row // 2 * 2 + 8 * 4 * row // 2 + 3 * 4 * rows * tokens
 
 
 def _tables(sin: jax.Array, cos: jax.Array, tokens: int, heads: _Heads) -> jax.Array:

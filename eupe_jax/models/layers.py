@@ -211,7 +211,7 @@ class Attention(nn.Module):
         x_BxTxD = written_out(x_BxTxD, self.materialize)
         qkv = QKV(self.qkv_bias, self.mask_k_bias, self.dtype, name="qkv")
         fused = isinstance(self.attention_fn, FusedAttention)
-        if fused and self.attention_fn.fits(self.num_heads, dim // self.num_heads, x_BxTxD.shape[1]):
+        if fused and self.attention_fn.fits(self.num_heads, dim // self.num_heads, x_BxTxD.shape[1], self.dtype):
             out = self._fused(qkv, x_BxTxD, *rope)
         else:
             other = None if fused else self.attention_fn

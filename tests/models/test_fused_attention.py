@@ -92,6 +92,17 @@ def test_agrees_with_the_plain_path_at_real_sizes(tokens, heads, width, rotation
     check(tokens, heads, width, rotation)
 
 
+def test_what_fits_fast_memory_depends_on_the_dtype():
+    attend = FusedAttention()
+    for heads, width in ((12, 64), (16, 80), (16, 96)):
+        half, single = (
+            max(tokens for tokens in range(64, 8192, 8) if attend.fits(heads, width, tokens, dtype))
+            for dtype in ("bfloat16", "float32")
+        )
+        assert 700 < single < half / 1.3
+    assert not attend.fits(12, 63, 64, "bfloat16")
+
+
 def test_groups_of_heads_fill_lanes():
     assert [head_group(h, w) for h, w in LAYOUTS] == [None, None, 4, 8, None, 16]
 
