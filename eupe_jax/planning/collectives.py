@@ -9,6 +9,7 @@ How they look in the text, and what is easy to get wrong:
 - Between slices there are no replica groups: the program of each slice sends to its host ("megascale" transfers).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from eupe_jax.sharding.chips import Chip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 HOP_SECONDS = 1e-6  # one hop of a ring, added to every collective
 DCN_SECONDS = 100e-6  # one transfer between slices, added to every one
+SMALL = 2**16  # elements of a weight below which its whole gradient is looked for by shape only
 LONGEST_RING = 16  # a slice is a torus: many devices are reached along several axes
 
 ASSUMPTIONS = (
     "A collective is a ring along one axis of the torus, both directions at once: (g-1)/g of its bytes over the axis's"
     " bandwidth (all-reduce: twice; all-to-all: each piece over every link on its way; a permutation: one direction),"
-    " plus 1 microsecond a hop for half the ring, 8 hops at most.",
+    " plus 1 microsecond a hop for half the ring, 8 hops at most. A slice with an axis that is no ring (v5e and v6e:"
+    " fewer than 16 chips; others: no multiple of 4) has half the bandwidth.",
     "Between slices: the same ring over each device's share of its host's network, plus 0.1 ms a transfer.",
     "Collectives of one network run one after another; one hides behind the operations between its start and its"
     " done and costs what is left. What the compiler leaves synchronous is exposed whole.",
@@ -211,7 +214,7 @@ def _slices(instruction: Instruction) -> int:
     """Slices of `_xla_megascale_target="{1,2}x{0:7}"`: a list or a range, times the devices of each."""
     match = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.attributes)
     if not match:
-        return 2
+        raise HloError(f"transfer {instruction.name!r} between slices does not say which slices take part")
     parts = [[int(n) for n in part.split(":")] for part in match[1].split(",")]
     return sum(part[-1] - part[0] + 1 for part in parts)
 
@@ -239,14 +242,9 @@ def replica_group(attributes: str, partitions: int) -> tuple[int, ...]:
         ids = (_iota(match[2], match[3]) if match[2] else np.arange(int(np.prod(sizes)))).reshape(sizes)
         member = re.findall(r"'(\w+)'", match[4])
         return tuple(int(d) for d in ids[tuple(slice(None) if name in member else 0 for name in axes)].reshape(-1))
-    if re.search(r"source_target_pairs=", attributes):
-        return (0, 1)
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return int(match[1]), int(match[2])
     return tuple(range(partitions))
-
-
-_MESH_GROUP = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
-)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -282,19 +280,30 @@ def whole_weight_all_reduces(
     is summed over the axes that the weight is cut over, too: a sum over others alone is of a shard, whatever its shape.
 
     Args:
-      shapes: of the parameters that are cut; stacked ones also count a layer at a time.
+      shapes: of the parameters that are cut; stacked ones also count a layer, or a few, at a time.
       cut_over: mesh axes that parameters are cut over; told apart where the axes of collectives are known.
     """
-    whole = set()
-    for shape in shapes:
-        whole.update({_bare(shape), _bare(shape[1:])} if len(shape) > 2 else {_bare(shape)})
+    weights = list(shapes)
     return [
         c
         for c in collectives
         if c.kind == "all-reduce"
         and (not c.axes or set(c.axes) & set(cut_over))
-        and any(_bare(dims) in whole for dims in c.shapes)
+        and any(_holds(dims, weight) for dims in c.shapes for weight in weights)
     ]
+
+
+def _holds(dims: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether a payload is as large as a weight, or one layer or more of a stack, however it was reshaped.
+
+    Small arrays have many a number of elements in common, so they are told by their sizes alone.
+    """
+    parts = [weight, weight[1:]] if len(weight) > 2 else [weight]
+    if any(_bare(dims) == _bare(part) for part in parts):
+        return True
+    part = math.prod(parts[-1])
+    layers = [dims] if len(weight) < 3 or not dims or dims[0] > weight[0] else [dims, dims[1:]]
+    return part >= SMALL and (math.prod(dims) == math.prod(weight) or any(math.prod(layer) == part for layer in layers))
 
 
 def _bare(dims: Sequence[int]) -> tuple[int, ...]:

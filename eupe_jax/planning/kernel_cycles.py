@@ -43,7 +43,7 @@ from eupe_jax.planning.kernel_calls import (
 from eupe_jax.sharding.chips import Chip, chip_of, topology
 
 TABLE = Path(__file__).with_name("kernel_cycles.json")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eupe_jax" / "kernel_cycles.json"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eupe_jax" / "kernel_cycles.json"
 
 _DUMP = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 

@@ -22,7 +22,7 @@ from eupe_jax.planning import background, compiling, costs, kernel_cycles, memor
 from eupe_jax.planning.collectives import Collective, whole_weight_all_reduces
 from eupe_jax.planning.compiling import Compiled, Request
 from eupe_jax.planning.xla_count import block_ratio
-from eupe_jax.sharding.chips import Chip, chip_of, topology
+from eupe_jax.sharding.chips import Chip, chip_of, on_slice, topology
 from eupe_jax.sharding.mesh import data_shards, make_mesh
 from eupe_jax.training import kernels, pipeline, program
 from eupe_jax.training.mesh_check import check_mesh
@@ -139,7 +139,8 @@ def _costs(request: Request, compiled: Compiled, chip: Chip, devices: list) -> d
     text = compiled.read_text()
     mesh = make_mesh(**request.config.mesh, devices=devices)
     within = {axis: size // request.slices if axis == "data" else size for axis, size in mesh.shape.items()}
-    found = costs.estimate(text, chip, kernels=kernel_cycles.cycles_of(text, chip, request.topology), mesh=within)
+    cycles = kernel_cycles.cycles_of(text, chip, request.topology)
+    found = costs.estimate(text, on_slice(chip, request.topology), kernels=cycles, mesh=within)
     executed = sum(compiled.executed.values())
     work = step_flops(request.config, request.chosen).per_image * request.config.batch_size
     cut = _cut_shapes(program.abstract_run(request.config, mesh).arguments)

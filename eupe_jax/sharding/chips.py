@@ -123,6 +123,17 @@ def _whole(chip: Chip) -> Chip:
     return dataclasses.replace(chip, devices=1, **{f: getattr(chip, f) * chip.devices for f in fields})
 
 
+def on_slice(chip: Chip, name: str) -> Chip:
+    """`chip` in a slice of topology `name`: with half the bandwidth where an axis of more than one does not wrap.
+
+    Slices of v5e and v6e wrap along axes of 16 chips, those of the other generations along multiples of 4.
+    """
+    unit = 16 if chip.name in ("v5e", "v6e") else 4
+    if all(int(side) == 1 or int(side) % unit == 0 for side in name.partition(":")[2].split("x")):
+        return chip
+    return dataclasses.replace(chip, ici_bandwidth=chip.ici_bandwidth / 2)
+
+
 def topology(name: str, slices: int = 1) -> list[jax.Device]:
     """Devices of `slices` slices of topology `name` ("v5e:16x16"), good for compiling and nothing else.
 

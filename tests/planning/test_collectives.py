@@ -1,6 +1,7 @@
 """Collectives of compiled programs: kind, payload, group, network, overlap; and what they should not be."""
 
 import collections
+import dataclasses
 
 import pytest
 
@@ -13,7 +14,7 @@ from eupe_jax.planning.collectives import (
     whole_weight_all_reduces,
 )
 from eupe_jax.planning.costs import estimate
-from eupe_jax.sharding.chips import CHIPS
+from eupe_jax.sharding.chips import CHIPS, on_slice
 from tests.planning.programs import costs, hlo_text
 
 WEIGHT = 1024 * 1024
@@ -37,7 +38,7 @@ def summary(name):
         ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={2}", (0, 1, 2, 3)),
         ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'a','c'}", (0, 4)),
         ("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0','axis_1'}, to_apply=%add", tuple(range(8))),
-        ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+        ("source_target_pairs={{0,4},{4,0}}", (0, 4)),
         ("replica_groups={}, to_apply=%add", tuple(range(8))),
     ],
 )
@@ -147,6 +148,30 @@ def test_all_reduces_of_whole_weights_are_found():
     assert whole_weight_all_reduces([found], [(1024, 512), (1024,)]) == []
     (several,) = whole_weight_all_reduces(costs("replicated_gradients_v5e").collectives, weights)
     assert len(several.shapes) == 3
+
+
+@pytest.mark.parametrize(
+    "dims, found",
+    [
+        ((768, 2304), True), ((2304, 768), True), ((12, 768, 2304), True), ((1, 768, 2304), True),
+        ((768, 3, 12, 64), True), ((768 * 2304,), True), ((11, 768, 2304), True), ((11, 768, 3, 768), True),
+        ((13, 768, 2304), False), ((768, 144), False), ((768, 768), False), ((2304,), False), ((), False),
+    ],
+)  # fmt: skip
+def test_a_whole_weight_is_found_however_it_was_reshaped(dims, found):
+    (reduce,) = whole_weight_all_reduces(costs("fsdp_gradient_whole_v5e").collectives, [(6, 1024, 1024)])
+    reduce = dataclasses.replace(reduce, shapes=(dims,))
+    assert bool(whole_weight_all_reduces([reduce], [(12, 768, 2304)])) is found
+    small = dataclasses.replace(reduce, shapes=((64, 16),))
+    assert whole_weight_all_reduces([small], [(32, 32)]) == []  # as many elements, and nothing else in common
+
+
+def test_an_axis_that_is_no_ring_halves_the_bandwidth():
+    for name, share in (
+        ("v5e:16x16", 1), ("v5e:8x16", 0.5), ("v6e:4x4", 0.5), ("v5p:4x4x8", 1), ("v5p:2x4x4", 0.5), ("v5e:1x1", 1),
+    ):  # fmt: skip
+        chip = CHIPS[name.split(":")[0]]
+        assert on_slice(chip, name).ici_bandwidth == share * chip.ici_bandwidth
 
 
 def test_a_sum_of_shards_is_no_whole_weight_although_another_has_its_shape():
