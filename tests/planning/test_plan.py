@@ -12,8 +12,10 @@ import pytest
 
 from benchmarks import plans
 from configs import stage2_vitb, stage3_vitb
+from eupe_jax.models.fused_attention import FusedAttention
+from eupe_jax.models.layers import exact_gelu
 from eupe_jax.planning import pairs, plan, report, sweep, traced
-from eupe_jax.planning.compiling import write_atomically
+from eupe_jax.planning.compiling import Compiled, write_atomically
 from eupe_jax.sharding import chips
 from eupe_jax.training.model_flops import step_flops
 
@@ -91,6 +93,12 @@ def test_a_report_says_what_it_predicts_and_assumes():
     assert "measured" not in text.replace("Predicted, not measured", "")
 
 
+def test_kernels_are_named_and_settings_shown():
+    assert [plan._named(value) for value in (FusedAttention(), exact_gelu, True)] == [
+        "FusedAttention", "exact_gelu", "True"
+    ]  # fmt: skip
+
+
 def test_a_step_that_does_not_fit_says_by_how_much_and_which_tensors():
     tensors = [[4.5 * GIB, "bf16[12,32,261,3072]", "blocks/mlp/fc1"]]
     whole = made(stage2_vitb.get_config(), [None], free=-1.0, largest_tensors=tensors)
@@ -116,6 +124,13 @@ def test_the_index_keeps_what_was_made_before_and_names_what_failed(tmp_path, mo
     text = (tmp_path / "README.md").read_text()
     assert ended.value.code == 1 and "300.0 ms" in text and "v5e:5x1" in text
     assert len([line for line in text.splitlines() if line.startswith(("| [stage", "| stage"))]) == 3
+
+
+def test_a_step_that_compiles_and_does_not_fit_names_what_is_large():
+    largest = ((20 * GIB, "f32[9]", "blocks"),)
+    compiled = Compiled("", 0.0, 0.0, 0, {"temporaries": 20 * GIB}, {}, None, None, largest)
+    found = plan._memory(compiled, chips.CHIPS["v5e"])
+    assert not found["fits"] and found["largest_tensors"] == [[20 * GIB, "f32[9]", "blocks"]]
 
 
 def test_a_step_that_compiles_and_does_not_fit_is_not_timed():
@@ -219,6 +234,7 @@ def test_flags_that_would_do_nothing_or_fail_after_hours_are_refused(tmp_path):
     }  # fmt: skip
     code = """
 import json, sys
+from pathlib import Path
 from absl import flags
 from absl.testing import flagsaver
 from launch import plan
@@ -231,6 +247,10 @@ for words in json.loads(sys.argv[1]):
         except (flags.Error, ValueError) as error:
             said[words] = str(error)
 overrides = plan._overrides(["--config=a.py", "--config.b=1", "--config.c", "2", "--json=x", "--config.d", "--sweep"])
+try:
+    plan._copy_hlo({"pairs": [{"pair": "1:1", "digest": "gone", "fits": True}]}, Path("no"), Path("no"))
+except ValueError as error:
+    said["gone"] = str(error)
 print(json.dumps([said, overrides, plan.AXES["fsdp"].value]))
 """
     fine = [f"--sweep --json={tmp_path}/sweep --accumulate=1,2", f"--json={tmp_path}/a/b.json --out={tmp_path}/x.md"]
@@ -239,7 +259,7 @@ print(json.dumps([said, overrides, plan.AXES["fsdp"].value]))
     )
     assert done.returncode == 0, done.stderr
     said, overrides, default = json.loads(done.stdout)
-    assert said.keys() == refused.keys()
+    assert "no/gone.hlo.gz is gone" in said.pop("gone") and said.keys() == refused.keys()
     for words, part in refused.items():
         assert part in said[words]
     assert (tmp_path / "sweep_rows").is_dir() and (tmp_path / "a").is_dir()
