@@ -271,7 +271,10 @@ def mesh_axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def whole_weight_all_reduces(
-    collectives: Iterable[Collective], shapes: Iterable[tuple[int, ...]], cut_over: Sequence[str] = ("fsdp", "tensor")
+    collectives: Iterable[Collective],
+    shapes: Iterable[tuple[int, ...]],
+    cut_over: Sequence[str] = ("fsdp", "tensor"),
+    held: Iterable[tuple[int, ...]] = (),
 ) -> list[Collective]:
     """All-reduces whose payload holds a whole weight (or its gradient) although the weight is cut over devices.
 
@@ -282,25 +285,29 @@ def whole_weight_all_reduces(
     Args:
       shapes: of the parameters that are cut; stacked ones also count a layer, or a few, at a time.
       cut_over: mesh axes that parameters are cut over; told apart where the axes of collectives are known.
+      held: shapes of the parameters that every device holds: a patch embedding has as many elements as a projection.
     """
-    weights = list(shapes)
+    weights, whole = list(shapes), {_bare(part) for shape in held for part in (shape, shape[1:])}
     return [
         c
         for c in collectives
         if c.kind == "all-reduce"
         and (not c.axes or set(c.axes) & set(cut_over))
-        and any(_holds(dims, weight) for dims in c.shapes for weight in weights)
+        and any(_holds(dims, weight, _bare(dims) in whole) for dims in c.shapes for weight in weights)
     ]
 
 
-def _holds(dims: Sequence[int], weight: Sequence[int]) -> bool:
+def _holds(dims: Sequence[int], weight: Sequence[int], exactly: bool) -> bool:
     """Whether a payload is as large as a weight, or one layer or more of a stack, however it was reshaped.
 
-    Small arrays have many a number of elements in common, so they are told by their sizes alone.
+    Small arrays have many a number of elements in common, so they are told by their sizes alone; so is what has the
+    shape of another parameter (`exactly`).
     """
     parts = [weight, weight[1:]] if len(weight) > 2 else [weight]
     if any(_bare(dims) == _bare(part) for part in parts):
         return True
+    if exactly:
+        return False
     part = math.prod(parts[-1])
     layers = [dims] if len(weight) < 3 or not dims or dims[0] > weight[0] else [dims, dims[1:]]
     return part >= SMALL and (math.prod(dims) == math.prod(weight) or any(math.prod(layer) == part for layer in layers))

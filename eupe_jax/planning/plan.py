@@ -143,7 +143,8 @@ def _costs(request: Request, compiled: Compiled, chip: Chip, devices: list) -> d
     found = costs.estimate(text, on_slice(chip, request.topology), kernels=cycles, mesh=within)
     executed = sum(compiled.executed.values())
     work = step_flops(request.config, request.chosen).per_image * request.config.batch_size
-    cut = _cut_shapes(program.abstract_run(request.config, mesh).arguments)
+    arguments = program.abstract_run(request.config, mesh).arguments
+    cut, held = _cut_shapes(arguments), _cut_shapes(arguments, cut=False)
     return {
         "program_flops_per_device": found.flops,
         "flops_difference": found.flops / executed - 1,
@@ -159,11 +160,17 @@ def _costs(request: Request, compiled: Compiled, chip: Chip, devices: list) -> d
         "collectives": _collectives(found.collectives),
         "operations": _operations(found.operations),
         "kinds": _kinds(found.operations),
-        "problems": _program_problems(pairs.label(request.chosen), found, executed, cut),
+        "problems": _program_problems(pairs.label(request.chosen), found, executed, cut, held),
     }
 
 
-def _program_problems(label: str, found: costs.Estimate, executed: float, cut: Sequence[tuple[int, ...]]) -> list[str]:
+def _program_problems(
+    label: str,
+    found: costs.Estimate,
+    executed: float,
+    cut: Sequence[tuple[int, ...]],
+    held: Sequence[tuple[int, ...]] = (),
+) -> list[str]:
     """Where the compiled program does not do the work of the trace, or sums whole gradients of weights that are cut."""
     problems, difference = [], found.flops / executed - 1
     if abs(difference) > FLOPS_TOLERANCE:
@@ -171,15 +178,15 @@ def _program_problems(label: str, found: costs.Estimate, executed: float, cut: S
             f"the program of {label} has {found.flops:.4g} FLOPs a device, the trace {executed:.4g}"
             f" ({difference:+.1%}): its time cannot be trusted"
         )
-    for collective in whole_weight_all_reduces(found.collectives, cut):
+    for collective in whole_weight_all_reduces(found.collectives, cut, held=held):
         problems.append(f"an all-reduce of a whole weight: {_describe(collective)}")
     return problems
 
 
-def _cut_shapes(arguments: tuple) -> list[tuple[int, ...]]:
-    """Shapes of the parameters that lie in parts on the devices."""
+def _cut_shapes(arguments: tuple, cut: bool = True) -> list[tuple[int, ...]]:
+    """Shapes of the parameters that lie in parts on the devices; not `cut`: of those that every device holds whole."""
     weights = (arguments[0]["students"], arguments[2])
-    return sorted({x.shape for x in jax.tree.leaves(weights) if not x.sharding.is_fully_replicated})
+    return sorted({x.shape for x in jax.tree.leaves(weights) if x.sharding.is_fully_replicated is not cut})
 
 
 def _collectives(found: Sequence[Collective]) -> list[dict[str, Any]]:

@@ -166,6 +166,13 @@ def test_a_whole_weight_is_found_however_it_was_reshaped(dims, found):
     assert whole_weight_all_reduces([small], [(32, 32)]) == []  # as many elements, and nothing else in common
 
 
+def test_a_parameter_that_every_device_holds_is_not_taken_for_another_of_as_many_elements():
+    (reduce,) = whole_weight_all_reduces(costs("fsdp_gradient_whole_v5e").collectives, [(6, 1024, 1024)])
+    embedding = dataclasses.replace(reduce, shapes=((768,), (16, 16, 3, 768)))
+    assert whole_weight_all_reduces([embedding], [(12, 768, 768)]) == [embedding]
+    assert whole_weight_all_reduces([embedding], [(12, 768, 768)], held=[(16, 16, 3, 768)]) == []
+
+
 def test_an_axis_that_is_no_ring_halves_the_bandwidth():
     for name, share in (
         ("v5e:16x16", 1), ("v5e:8x16", 0.5), ("v6e:4x4", 0.5), ("v5p:4x4x8", 1), ("v5p:2x4x4", 0.5), ("v5e:1x1", 1),
