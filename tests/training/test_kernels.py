@@ -26,7 +26,7 @@ def compute(**changes) -> ConfigDict:
 
 def mesh_of(platform: str, kind: str, tensor: int = 1):
     """A mesh as kernels look at one: devices that this machine's JAX knows nothing of (GPUs)."""
-    device = SimpleNamespace(platform=platform, device_kind=kind)
+    device = SimpleNamespace(platform=platform, device_kind=kind, memory_stats=dict)
     return SimpleNamespace(devices=np.array([device], dtype=object), shape={"tensor": tensor})
 
 
