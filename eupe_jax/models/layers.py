@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from eupe_jax.models.fused_attention import FusedAttention, permute_columns
+from eupe_jax.models.fused_attention import FusedAttention, permute_columns, restore_columns
 from eupe_jax.models.rope import HALVES, Rotation
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | FusedAttention
@@ -214,14 +214,16 @@ class Attention(nn.Module):
         if fused and self.attention_fn.fits(self.num_heads, dim // self.num_heads, x_BxTxD.shape[1], self.dtype):
             out = self._fused(qkv, x_BxTxD, *rope)
         else:
-            other = None if fused else self.attention_fn
-            out = self._by_heads(other or plain_attention, qkv, x_BxTxD, *rope)
+            permuted = fused and self.attention_fn.permuted
+            projected = qkv(x_BxTxD, self._columns(restore_columns)) if permuted else qkv(x_BxTxD)
+            attend = None if fused else self.attention_fn
+            out = self._by_heads(attend or plain_attention, projected, *rope)
         proj = nn.Dense(dim, use_bias=self.proj_bias, dtype=self.dtype, kernel_init=dense_init, name="proj")
         return checkpoint_name(proj(out), "branch")
 
-    def _by_heads(self, attend: Callable, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
-        batch, tokens, dim = x_BxTxD.shape
-        projected = checkpoint_name(qkv(x_BxTxD), "qkv")
+    def _by_heads(self, attend: Callable, projected_BxTx3D: jax.Array, *rope: jax.Array) -> jax.Array:
+        batch, tokens, dim = *projected_BxTx3D.shape[:2], projected_BxTx3D.shape[2] // 3
+        projected = checkpoint_name(projected_BxTx3D, "qkv")
         projected = projected.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
         if self.rotation is not None:
@@ -229,12 +231,15 @@ class Attention(nn.Module):
         return checkpoint_name(attend(q, k, v).reshape(batch, tokens, dim), "attention")
 
     def _fused(self, qkv: QKV, x_BxTxD: jax.Array, *rope: jax.Array) -> jax.Array:
-        rotation = self.rotation or HALVES
         none = (jnp.zeros((0, x_BxTxD.shape[-1] // self.num_heads)),) * 2  # tables of no token
-        permute = functools.partial(permute_columns, num_heads=self.num_heads, interleaved=rotation.interleaved)
-        projected = checkpoint_name(qkv(x_BxTxD, permute), "qkv")
-        tables = rotation.half_tables(*(rope if self.rotation is not None else none))
-        return self.attention_fn(projected, *tables, self.num_heads)
+        projected = qkv(x_BxTxD) if self.attention_fn.permuted else qkv(x_BxTxD, self._columns(permute_columns))
+        tables = (self.rotation or HALVES).half_tables(*(rope if self.rotation is not None else none))
+        return self.attention_fn(checkpoint_name(projected, "qkv"), *tables, self.num_heads)
+
+    def _columns(self, reorder: Callable) -> Callable[[jax.Array], jax.Array]:
+        """`reorder` for these heads: `permute_columns` or `restore_columns`."""
+        interleaved = (self.rotation or HALVES).interleaved
+        return functools.partial(reorder, num_heads=self.num_heads, interleaved=interleaved)
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:

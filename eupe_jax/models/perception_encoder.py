@@ -6,7 +6,7 @@ pooling instead of a class token that is read out.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -95,6 +95,8 @@ class PerceptionEncoder(nn.Module):
     gelu: Activation = exact_gelu
     materialize: bool = False
 
+    rotation: ClassVar[Rotation] = NEIGHBOURS  # of queries and keys
+
     @nn.compact
     def features(
         self,
@@ -135,7 +137,7 @@ class PerceptionEncoder(nn.Module):
             mlp_dim=self.mlp_dim,
             layerscale_init=self.layerscale_init,
             norm_eps=self.norm_eps,
-            rotation=NEIGHBOURS,
+            rotation=self.rotation,
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             gelu=self.gelu,

@@ -9,7 +9,6 @@ gather them all):
     joint      queries, keys and values in one kernel, always gathered where it is used. Inputs over `fsdp`: a step may
                put the columns into another order, and cut ones would travel. In tensor groups, where it does not,
                outputs over both axes: their parts are no heads, and inputs would be multiplied in parts
-    kept       `joint`, but whole on every device up to KEPT_ELEMENTS
     replicate  whole on every device
 
 Two things were learnt from programs compiled for v5e, v5p and v6e. What an axis is cut into must be whole tiles of 8
@@ -43,13 +42,9 @@ RULES: Rules = (
     (r"/kernel$", "fsdp"),
     (r".*", "replicate"),
 )
-# Frozen weights, of teachers: no gradient and no moments. A layer begins with its joint projection, whose gather has
-# nothing to hide behind; kept whole it costs 0.7 GB of a 1.9B teacher, and saves 3% of a step of stage 2 on v5e.
-FROZEN_RULES: Rules = ((r"/qkv/kernel$", "kept"), *RULES)
-TACTICS = ("fsdp", "column", "row", "joint", "kept", "replicate")
+TACTICS = ("fsdp", "column", "row", "joint", "replicate")
 
 MIN_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
-KEPT_ELEMENTS = 2**29  # a gigabyte in bfloat16
 TILE = 8
 
 
@@ -66,9 +61,7 @@ def _cut(shape: tuple[int, ...], tactic: str, sizes: Mapping[str, int]) -> Parti
     def fits(axis: int, name: str) -> bool:
         return sizes[name] > 1 and shape[axis] % (sizes[name] * TILE) == 0
 
-    if tactic == "kept" and sizes["tensor"] == 1 and math.prod(shape) <= KEPT_ELEMENTS:
-        return PartitionSpec()
-    if tactic in ("joint", "kept"):
+    if tactic == "joint":
         if sizes["tensor"] > 1 and shape[outputs] % (sizes["fsdp"] * sizes["tensor"] * TILE) == 0:
             return PartitionSpec(*[None] * outputs, ("fsdp", "tensor"))
         return PartitionSpec(*[None] * inputs, "fsdp", None) if fits(inputs, "fsdp") else PartitionSpec()

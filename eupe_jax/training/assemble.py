@@ -23,7 +23,7 @@ from eupe_jax.distill.teacher_spec import TeacherSpec
 from eupe_jax.distill.teacher_spec import fingerprint as teacher_fingerprint
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import interchange, zoo
-from eupe_jax.sharding.rules import FROZEN_RULES, shardings
+from eupe_jax.sharding.rules import shardings
 from eupe_jax.training import checkpoints, integrity, kernels, weight_files
 from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.fingerprint import fingerprint
@@ -171,8 +171,8 @@ def _load_encoder_teacher(loaded: Teachers, name: str, config: ConfigDict, mesh:
     usual = zoo.build(entry.model)
     chosen = {k: v for k, v in entry.overrides.items() if k in OUTPUT_FIELDS and v != getattr(usual, k)}
     weights = "+".join([fingerprint(variables), *(f"{k}={v}" for k, v in sorted(chosen.items()))])
-    variables = _in_compute_type(variables, dtype)
-    loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh, FROZEN_RULES))
+    variables = kernels.in_kernel_order(module, _in_compute_type(variables, dtype))
+    loaded.variables[name] = jax.device_put(variables, shardings(variables, mesh))
     loaded.by_name[name] = _teacher(entry, _teacher_spec(name, entry, spec, weights), module)
 
 

@@ -5,23 +5,29 @@ form of GELU, and whether collectives run beside computation, are a matter of th
 docs/plans/choices.md has the effect of each.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from eupe_jax.models import zoo
-from eupe_jax.models.fused_attention import FusedAttention
+from eupe_jax.models.fused_attention import FusedAttention, permute_columns
 from eupe_jax.models.layers import exact_gelu, exact_gelu_with_slope, plain_attention, tanh_gelu
+from eupe_jax.models.rope import HALVES
 from eupe_jax.sharding.chips import chip_of
+from eupe_jax.sharding.rules import path_name
 
 ATTENTION = ("auto", "fused", "cudnn", "plain")
 TEACHER_GELU = ("auto", "exact", "tanh")
 ASYNC_COLLECTIVES = ("auto", "on", "off")
 
+_JOINT = re.compile("/blocks/attn/qkv/(kernel|bias)$")  # of every encoder that takes an attention
 # Chips whose compiler merges norms and activations into the matrix products behind them, and computes them once a tile.
 _MATERIALIZE = ("v5p", "v6e")
 # Where erf, though computed once, takes a frozen teacher longer than the matrix product before it.
@@ -46,12 +52,32 @@ def model_fields(compute: ConfigDict, mesh: Mesh, model: str, *, frozen: bool) -
     """
     check(compute)
     known = zoo.family(model).module.__dataclass_fields__
+    attend = attention_fn(compute.attention, mesh)
+    if frozen and isinstance(attend, FusedAttention):
+        attend = dataclasses.replace(attend, permuted=True)
     fields = {
-        "attention_fn": attention_fn(compute.attention, mesh),
+        "attention_fn": attend,
         "gelu": _gelu(compute, mesh, model, frozen),
         "materialize": _chip(mesh) in _MATERIALIZE or None,
     }
     return {name: value for name, value in fields.items() if value is not None and name in known}
+
+
+def in_kernel_order(module: nn.Module, variables: Any) -> Any:
+    """The variables of a frozen encoder as its attention reads them: nothing but the columns of its blocks' joint
+    projections changes places, and only for a kernel that asks for it (`FusedAttention.permuted`).
+    """
+    attend = getattr(module, "attention_fn", None)
+    if not (isinstance(attend, FusedAttention) and attend.permuted):
+        return variables
+
+    @jax.jit
+    def reordered(x: jax.Array) -> jax.Array:
+        return permute_columns(x, module.num_heads, getattr(module, "rotation", HALVES).interleaved)
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: reordered(x) if _JOINT.search(path_name(path)) else x, variables
+    )
 
 
 def compiler_options(compute: ConfigDict, mesh: Mesh) -> dict[str, str] | None:

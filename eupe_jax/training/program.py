@@ -16,7 +16,7 @@ from eupe_jax.distill.resolutions import Resolutions
 from eupe_jax.distill.step import Student
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.sharding.mesh import batch_sharding, replicated
-from eupe_jax.sharding.rules import FROZEN_RULES, shardings
+from eupe_jax.sharding.rules import shardings
 from eupe_jax.training import assemble, kernels, pipeline
 
 Steps = dict[Resolutions, Any]  # jitted, or compiled
@@ -61,7 +61,7 @@ def abstract_run(config: ConfigDict, mesh: Mesh) -> AbstractRun:
         (
             _placed(state, shardings(state, mesh)),
             abstract_batch(config, teachers, mesh),
-            _placed(variables, shardings(variables, mesh, FROZEN_RULES)),
+            _placed(variables, shardings(variables, mesh)),
             abstract_statistics(teachers, mesh),
         ),
     )

@@ -12,8 +12,20 @@ from eupe_jax.models.layers import plain_attention
 from eupe_jax.models.perception_encoder import NEIGHBOURS
 from eupe_jax.models.perception_encoder import rope_table as neighbour_table
 from eupe_jax.models.rope import HALVES, patch_coords, rope_periods, rope_table
+from eupe_jax.sharding.rules import path_name
+from eupe_jax.training.kernels import in_kernel_order
 
 PREFIX = 5
+
+
+class NoneFits(FusedAttention):
+    """As for more tokens than fast memory holds."""
+
+    def fits(self, *_):
+        return False
+
+
+NONE_FITS = NoneFits(permuted=True)
 
 
 def draw(tokens: int, heads: int, width: int, batch: int = 1, dtype=jnp.float32):
@@ -134,7 +146,7 @@ def test_batch_over_devices_gives_the_same():
     ],
 )
 def test_encoders_take_it(name, options):
-    """Rotation by halves, by neighbours, and none; parameters are those of the plain path."""
+    """Rotation by halves, by neighbours, and none; parameters are those of the plain path, or theirs permuted once."""
     side = 2 * zoo.spec(name).patch_size
     if name.startswith("siglip"):
         side = zoo.spec(name).resolution
@@ -142,6 +154,14 @@ def test_encoders_take_it(name, options):
     usual = zoo.build(name, **options)
     variables = jax.jit(usual.init)(jax.random.key(0), images)
     expected = jax.jit(usual.apply)(variables, images)
-    ours = jax.jit(zoo.build(name, **options, attention_fn=FusedAttention(interpret=True)).apply)(variables, images)
-    for kind, value in expected.items():
-        assert not value.size or largest(ours[kind], value) <= 2e-5, kind
+    frozen = zoo.build(name, **options, attention_fn=FusedAttention(interpret=True, permuted=True))
+    reordered = in_kernel_order(frozen, variables)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables, reordered)
+    assert [path_name(p) for p, c in jax.tree_util.tree_leaves_with_path(changed) if c] == [
+        "params/blocks/attn/qkv/kernel"  # biases are zero in new models
+    ]
+    usual_order, kernel_order = (FusedAttention(interpret=True), variables), (frozen.attention_fn, reordered)
+    for attend, given in (usual_order, kernel_order, (NONE_FITS, reordered)):
+        ours = jax.jit(zoo.build(name, **options, attention_fn=attend).apply)(given, images)
+        for kind, value in expected.items():
+            assert not value.size or largest(ours[kind], value) <= 2e-5, (attend, kind)

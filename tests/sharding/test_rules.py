@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec as P
 
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import make_mesh
-from eupe_jax.sharding.rules import FROZEN_RULES, TILE, shardings, spec_for
+from eupe_jax.sharding.rules import TILE, shardings, spec_for
 
 
 def test_first_rule_wins_and_small_or_odd_arrays_stay_whole():
@@ -68,15 +68,6 @@ def test_published_models_are_cut_nearly_whole_and_into_tiles(model, fsdp, tenso
     # 8M: what stays whole of a small model (384 / 32 makes no tiles)
     assert held < 1.1 * total / (fsdp * tensor) + 8e6
 
-
-def test_joint_projections_of_frozen_models_are_kept_whole_up_to_a_size():
-    mesh, name = make_mesh(fsdp=4), "params/blocks/attn/qkv/kernel"
-    assert spec_for(name, (50, 1536, 4608), mesh, FROZEN_RULES) == P()
-    assert spec_for(name, (50, 1536, 4608), mesh) == P(None, "fsdp", None)
-    assert spec_for(name, (40, 4096, 12288), mesh, FROZEN_RULES) == P(None, "fsdp", None)  # 7B: 4 GB
-    assert spec_for("params/blocks/mlp/fc1/kernel", (50, 1536, 8960), mesh, FROZEN_RULES) == P(None, "fsdp", None)
-    group = make_mesh(fsdp=2, tensor=2)
-    assert spec_for(name, (50, 1536, 4608), group, FROZEN_RULES) == P(None, None, ("fsdp", "tensor"))
 
 
 def test_optimizer_moments_follow_their_parameters():
