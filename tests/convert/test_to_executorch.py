@@ -335,13 +335,13 @@ def test_broken_checkpoints_give_one_line(vit, tmp_path, photographs, capfd, mon
         ("bare.safetensors", "eupe_convnext_tiny", "bare.safetensors"),
         ("half.safetensors", "eupe_vitt16", "half.safetensors"),
         ("half.pt", "eupe_vitt16", "half.pt"),
-        ("run", None, "backbone is damaged"),
+        ("run", None, "is damaged: encoder.backbone"),
     ]:
         more = ["--model", model] if model else []
         refused(arguments(Path(checkpoint), photographs, *more), words, capfd, files)
     assert to_torch.main(["--checkpoint", "run", "--out", "y.safetensors"]) == 1
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert "backbone is damaged" in line and not Path("y.safetensors").exists()
+    assert "is damaged: encoder.backbone" in line and not Path("y.safetensors").exists()
 
 
 def test_a_full_disk_leaves_no_file(vit, exports, source, photographs, capfd, monkeypatch):
