@@ -1,8 +1,8 @@
 """Which kernels a model computes with: chosen by the devices of the mesh, never stored in a checkpoint.
 
 TPUs take the fused RoPE and attention kernel, GPUs cuDNN's attention, everything else plain operations. On a TPU the
-form of GELU, and whether collectives run beside computation, are a matter of the chip's generation:
-docs/plans/choices.md has the effect of each.
+form of GELU, and whether collectives run beside computation, are a matter of the chip's generation: docs/plans/tried.md
+has what was tried, choices.md what tanh costs a teacher.
 """
 
 import dataclasses

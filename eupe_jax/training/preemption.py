@@ -22,10 +22,6 @@ RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h, "run the same command 
 GRACE_SECONDS = 25.0  # clouds give 30
 
 
-class Preempted(Exception):
-    """The run has saved its state and leaves, because its machine is taken away."""
-
-
 class Preemption:
     """Watches for the notice while it is open (main thread only).
 
