@@ -120,11 +120,11 @@ def make_steps(
     }
 
 
-def lower_step(config: ConfigDict, mesh: Mesh, chosen: Resolutions, platform: str = "tpu") -> jax.stages.Lowered:
-    """The step of one choice of resolutions, lowered for `platform` and the devices of `mesh`, which need not exist."""
+def trace_step(config: ConfigDict, mesh: Mesh, chosen: Resolutions) -> tuple[AbstractRun, jax.stages.Traced]:
+    """The step of one choice of resolutions, to be lowered for the devices of `mesh`, which need not exist."""
     run = abstract_run(config, mesh)
     steps = make_steps(config, run.students, run.teachers, mesh, run.state_shardings)
-    return steps[chosen].trace(*run.arguments).lower(lowering_platforms=(platform,))
+    return run, steps[chosen].trace(*run.arguments)
 
 
 def compile_steps(steps: Steps, arguments: tuple, *, progress: bool = True) -> Steps:

@@ -46,7 +46,8 @@ def test_no_whole_weights_are_summed_and_no_images_travel(slice_, axes):
     config.batch_size = BATCH * len(devices) // mesh.shape["tensor"]
     (chosen,) = pipeline.every_pair(config)
     with jax.default_matmul_precision("default"):  # tests on CPUs ask for more
-        text = program.lower_step(config, mesh, chosen).compile().as_text()
+        _, trace = program.trace_step(config, mesh, chosen)
+        text = trace.lower(lowering_platforms=("tpu",)).compile().as_text()
     found = estimate(text, CHIPS[slice_.partition(":")[0]], mesh=dict(mesh.shape)).collectives
     held = jax.tree.leaves(program.abstract_run(config, mesh).arguments)
     cut = [
