@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 IMAGES ?=
 ARGS ?=
 
-.PHONY: quickstart test plans lint install clean
+.PHONY: quickstart test faults plans lint install clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,11 @@ quickstart: install
 	$(BIN)/python launch/quickstart.py $(if $(IMAGES),--images=$(IMAGES)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not faults" -n auto --dist loadfile $(ARGS)
+
+# kills, corrupts and fills for real: runs/faults/summary.json and the table in docs/reliability.md
+faults: install
+	$(BIN)/python -m pytest -q -m faults -n auto --dist loadfile tests/faults $(ARGS)
 
 # every report of docs/plans, predicted from programs compiled for TPUs that are not there: hours on two cores, resumable
 plans: install

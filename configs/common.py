@@ -94,6 +94,17 @@ def base() -> ConfigDict:
     config.checkpoint.save_every = 2000  # steps
     config.checkpoint.keep = 3
     config.checkpoint.keep_every = 0  # steps kept for good, 0: none
+    config.checkpoint.keep_best = 0  # of those that were evaluated, the best ones by this scalar of the evaluations
+    config.checkpoint.best_metric = ""  # as metrics.jsonl has it: "EVALUATION/SCALAR"
+    config.checkpoint.best_mode = "max"  # or "min"
+
+    # What a run does when something goes wrong (docs/reliability.md).
+    config.faults = ConfigDict()
+    config.faults.max_skipped = 10  # steps in a row that are not applied to a student; then the run stops
+    config.faults.spike_factor = 0.0  # a step whose gradient norm is this many times the recent average is not applied
+    # either; 0: every finite step is applied
+    config.faults.fingerprint_every = 1000  # steps between comparisons of the copies of all parameters; 0: never
+    config.faults.stall_factor = 10.0  # a step that takes this many times the median is reported as a stall
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices a parameter is cut over; the data axis takes the rest

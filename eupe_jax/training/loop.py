@@ -281,6 +281,7 @@ def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:
 # of teachers is none of them, because it moves the targets: the config of a run says which it began with, never "auto".
 FREE_FIELDS = (
     "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
+    "faults.max_skipped", "faults.fingerprint_every", "faults.stall_factor",
     "accumulate", "compute.attention", "compute.async_collectives", "students.*.remat", "*.overrides.remat",
     "*.overrides.scan_unroll", "*.overrides.depthwise",
 )  # fmt: skip
