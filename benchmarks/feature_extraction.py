@@ -66,7 +66,7 @@ def contenders(model: str, cores: int) -> dict[str, Callable[[np.ndarray], dict]
     from convert.weights import to_module
     from eupe_jax.evals.encoders import FlaxEncoder
     from eupe_jax.models import zoo
-    from eupe_jax.training.checkpoints import LoadedEncoder
+    from eupe_jax.training.encoders import LoadedEncoder
 
     spec, module = zoo.spec(model), zoo.build(model)
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from benchmarks import runtimes  # noqa: E402
 from convert import cli, gates, quantize, weights  # noqa: E402
 from convert.export_modules import for_export  # noqa: E402
-from eupe_jax.training.checkpoints import LoadedEncoder  # noqa: E402
+from eupe_jax.training.encoders import LoadedEncoder  # noqa: E402
 
 
 def measure(encoder: LoadedEncoder, images_NxHxWx3: np.ndarray, choose: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from benchmarks.precision import random_variables
 from convert import lowering, to_executorch, weights
 from eupe_jax.evals.pte import PteProgram
 from eupe_jax.models import zoo
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIMES = ("executorch", "executorch_naive", "onnxruntime", "openvino", "torch_eager", "torch_compile")

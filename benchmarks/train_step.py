@@ -111,7 +111,7 @@ def torch_encoder(model: str, config_entry: Any, variables: Mapping, side: int) 
     """The readable PyTorch module with these weights."""
     from convert.weights import to_module
     from eupe_jax.models import zoo
-    from eupe_jax.training.checkpoints import LoadedEncoder
+    from eupe_jax.training.encoders import LoadedEncoder
 
     spec, overrides = zoo.spec(model, **config_entry.overrides), config_entry.overrides.to_dict()
     manifest = {"resolution": side, "mean": list(spec.mean), "std": list(spec.std)}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from convert import weights
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 FORMAT = "eupe_jax.pte/2"
 INSIDE = (

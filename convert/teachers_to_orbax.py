@@ -36,7 +36,7 @@ from convert import cli
 from convert.transformers_layout import check_config
 from eupe_jax.models import interchange, perception_encoder, text_tower, zoo
 from eupe_jax.models.spec import EncoderSpec
-from eupe_jax.training import checkpoints, streaming, weight_files
+from eupe_jax.training import checkpoints, encoders, streaming, weight_files
 from eupe_jax.training.weight_files import WeightFile
 
 ENCODER = "encoder"  # the checkpoint's one student
@@ -104,7 +104,7 @@ def convert(
         described = weight_files.read_description(weights) or {}
         if described and described["model"] != model:
             raise ValueError(f"{checkpoint} holds {described['model']!r}, not {model!r}")
-        overrides = {**checkpoints.hashable(described.get("overrides", {})), **overrides}
+        overrides = {**encoders.hashable(described.get("overrides", {})), **overrides}
         spec = zoo.spec(model, **overrides)
         plan = _plan(spec, overrides, weights, DTYPES[dtype], adapters, text_overrides or {})
         _require_disk(out, plan.nbytes)
@@ -305,8 +305,8 @@ def main(argv: list[str] | None = None) -> int:
             args.out,
             dtype=args.dtype,
             adapters=args.adapters,
-            overrides=checkpoints.hashable(dict(args.override)),
-            text_overrides=checkpoints.hashable(dict(args.text_override)),
+            overrides=encoders.hashable(dict(args.override)),
+            text_overrides=encoders.hashable(dict(args.text_override)),
         )
     except (ValueError, TypeError, OSError, ArithmeticError, LookupError) as error:  # overrides may be anything
         print(f"error: {cli.one_line(error)}", file=sys.stderr)
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(f"from {', '.join(source['files'])} ({source['layout']} names)")
     if checkpoints.TEXT in entry:
-        print("with its text tower: eupe_jax.training.checkpoints.load_image_text")
+        print("with its text tower: eupe_jax.training.encoders.load_image_text")
     if source["left_out"]:
         kinds = sorted({name.split(".")[0] for name in source["left_out"]})
         print(f"left out {len(source['left_out'])} tensors of other parts ({', '.join(kinds)}); --adapters keeps them")

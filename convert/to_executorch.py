@@ -31,7 +31,7 @@ from convert import contract, delegation, gates, lowering, onnx_file, to_torch, 
 from convert.contract import Size
 from convert.export_modules import for_export
 from eupe_jax.evals.pte import PteProgram, set_threads
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 PRECISIONS = ("fp32", "int8")
 IMAGES = {"fp32": 4, "int8": 16}  # of the gate: differences in precision show on any image, those of int8 vary

@@ -31,7 +31,7 @@ from torch import nn
 from convert import gates, transformers_layout, weights
 from eupe_jax.models import interchange, rope
 from eupe_jax.training import weight_files
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 
 def gate(encoder: LoadedEncoder, module: nn.Module, images_NxHxWx3=None) -> gates.Report:

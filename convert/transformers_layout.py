@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from eupe_jax.models import convnext, layers, vit
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 
 def config(encoder: LoadedEncoder) -> dict[str, Any]:

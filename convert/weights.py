@@ -18,7 +18,8 @@ from convert.torch_vit import VisionTransformer
 from convert.transformers_layout import check_config
 from eupe_jax.models import interchange, zoo
 from eupe_jax.training import weight_files
-from eupe_jax.training.checkpoints import TOKEN_LAYOUT, LoadedEncoder, hashable, load_encoder
+from eupe_jax.training.checkpoints import TOKEN_LAYOUT
+from eupe_jax.training.encoders import LoadedEncoder, hashable, load_encoder
 from eupe_jax.training.weight_files import FORMAT, digest
 
 

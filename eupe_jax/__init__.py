@@ -7,7 +7,7 @@ __all__ = ["load_encoder"]
 def __getattr__(name: str):
     # Late, so that importing one model file does not load Orbax.
     if name == "load_encoder":
-        from eupe_jax.training.checkpoints import load_encoder
+        from eupe_jax.training.encoders import load_encoder
 
         return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from eupe_jax.evals.encoders import FlaxEncoder, HostEncoder, PteEncoder
 from eupe_jax.evals.interface import Encoder
 from eupe_jax.models import zoo
 from eupe_jax.training import weight_files
-from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder
+from eupe_jax.training.encoders import LoadedEncoder, load_encoder
 
 
 def load_any(source: str, student: str | None = None, model: str | None = None, dtype: str = "float32") -> Encoder:

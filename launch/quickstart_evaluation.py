@@ -14,7 +14,7 @@ from eupe_jax.data.feature_cache import FeatureCache
 from eupe_jax.distill.host_teachers import load_host_teacher
 from eupe_jax.distill.normalization import Statistics, normalize
 from eupe_jax.evals import features, pca, readout, similarity
-from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder, load_statistics
+from eupe_jax.training.encoders import LoadedEncoder, load_encoder, load_statistics
 from launch.quickstart_images import Corpus
 from launch.quickstart_verdict import margins_of
 

@@ -15,7 +15,8 @@ from eupe_jax.evals import registry, report
 from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import replicated
-from eupe_jax.training.checkpoints import LoadedEncoder, versions
+from eupe_jax.training.checkpoints import versions
+from eupe_jax.training.encoders import LoadedEncoder
 from eupe_jax.training.loop import Eval
 from launch.load_any import with_teachers
 

@@ -14,7 +14,7 @@ from eupe_jax.evals.interface import Tokens
 from eupe_jax.hashing import sha256_file
 from eupe_jax.models import zoo
 from eupe_jax.sharding.mesh import batch_sharding, make_mesh, replicated
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 from eupe_jax.training.fingerprint import fingerprint
 
 

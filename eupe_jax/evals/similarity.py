@@ -30,7 +30,7 @@ from eupe_jax.distill.teachers import CLASS_TOKENS
 from eupe_jax.evals.features import Squash, extract
 from eupe_jax.evals.folders import Subset, read_folder
 from eupe_jax.evals.interface import DataError, Encoder, Result
-from eupe_jax.training import checkpoints
+from eupe_jax.training import checkpoints, encoders
 from eupe_jax.training.fingerprint import fingerprint
 
 LOGGER = logging.getLogger(__name__)
@@ -82,11 +82,11 @@ def load_chain(path: epath.PathLike, student: str | None = None) -> list[Hop]:
     """
     step = checkpoints.step_directory(path)
     manifest = checkpoints.read_manifest(step)
-    entry = manifest["students"][checkpoints.pick_student(manifest, student, path)]
+    entry = manifest["students"][encoders.pick_student(manifest, student, path)]
     if not entry.get("adapters"):
         raise ValueError(f"{path} holds an encoder without adapters: only what was distilled has a way to its experts")
     statistics = checkpoints.restore_item(step, "statistics")
-    params = checkpoints.load_adapters(path, student)
+    params = encoders.load_adapters(path, student)
     hops = [Hop.of(entry["adapters"], params, statistics, manifest["statistics"])]
     if manifest["chain"]:
         arrays = checkpoints.restore_item(step, "chain")

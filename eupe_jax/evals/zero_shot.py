@@ -34,7 +34,7 @@ from eupe_jax.evals.similarity import Hop, load_chain, predict_experts
 from eupe_jax.evals.tokenizer import tokenize
 from eupe_jax.models.text_tower import ImageTextModel, unit
 from eupe_jax.sharding.mesh import batch_sharding, make_mesh, replicated
-from eupe_jax.training import checkpoints
+from eupe_jax.training import checkpoints, encoders
 from eupe_jax.training.fingerprint import fingerprint
 
 LOGGER = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ class Expert:
 
     @classmethod
     def load(cls, path: str) -> "Expert":
-        """Raises like `checkpoints.load_image_text`."""
-        module, variables, entry = checkpoints.load_image_text(path)
+        """Raises like `encoders.load_image_text`."""
+        module, variables, entry = encoders.load_image_text(path)
         return cls.of(module, variables, entry["mean"], entry["std"])
 
 
@@ -282,7 +282,7 @@ def _way_back(encoder: Encoder) -> list[Hop] | None:
     if not path or Path(path).is_file():
         return None
     manifest = checkpoints.read_manifest(path)
-    student = checkpoints.pick_student(manifest, getattr(encoder, "student", "") or None, path)
+    student = encoders.pick_student(manifest, getattr(encoder, "student", "") or None, path)
     return load_chain(path, student) if manifest["students"][student].get("adapters") else None
 
 

@@ -24,7 +24,7 @@ from eupe_jax.distill.teacher_spec import fingerprint as teacher_fingerprint
 from eupe_jax.distill.teachers import Teacher
 from eupe_jax.models import interchange, zoo
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import checkpoints, integrity, kernels, weight_files
+from eupe_jax.training import checkpoints, encoders, integrity, kernels, weight_files
 from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.fingerprint import fingerprint
 from eupe_jax.training.optimizer import make_optimizer
@@ -148,7 +148,7 @@ def _load_encoder_teacher(loaded: Teachers, name: str, config: ConfigDict, mesh:
         side, plain = entry.resolutions[0], zoo.build(entry.model, dtype=dtype, **entry.overrides)
         variables = jax.jit(plain.init)(jax.random.key(sum(map(ord, name))), jnp.zeros((1, side, side, 3)))
     else:
-        encoder = checkpoints.load_encoder(entry.checkpoint, entry.student or None, dtype=dtype, mesh=mesh)
+        encoder = encoders.load_encoder(entry.checkpoint, entry.student or None, dtype=dtype, mesh=mesh)
         if encoder.name != entry.model:
             raise ValueError(
                 f"teachers.{name}.model is {entry.model!r}, but {entry.checkpoint} holds {encoder.name!r}"
@@ -157,9 +157,9 @@ def _load_encoder_teacher(loaded: Teachers, name: str, config: ConfigDict, mesh:
         spec, module = zoo.spec(encoder.name, **overrides), _frozen_module(config, name, mesh, overrides)
         spec, variables = dataclasses.replace(spec, mean=encoder.mean, std=encoder.std), encoder.variables
         if encoder.manifest.get("adapters"):
-            statistics = checkpoints.load_statistics(entry.checkpoint)
+            statistics = encoders.load_statistics(entry.checkpoint)
             loaded.chains[name] = {
-                "adapters": checkpoints.load_adapters(entry.checkpoint, entry.student or None),
+                "adapters": encoders.load_adapters(entry.checkpoint, entry.student or None),
                 "statistics": {k: s.arrays() for k, s in statistics.items()},
             }
             loaded.chain_headers[name] = {
@@ -187,13 +187,13 @@ def check_sides(field: str, spec: zoo.EncoderSpec, sides: Sequence[int]) -> None
         )
 
 
-def _overrides(name: str, entry: ConfigDict, encoder: checkpoints.LoadedEncoder) -> dict:
+def _overrides(name: str, entry: ConfigDict, encoder: encoders.LoadedEncoder) -> dict:
     """How the checkpoint's encoder was built, with the outputs that the config chooses.
 
     Raises:
       ValueError: the config changes more than the outputs, which the checkpoint's weights would not fit.
     """
-    wanted = checkpoints.hashable(entry.overrides.to_dict())
+    wanted = encoders.hashable(entry.overrides.to_dict())
     for field, value in wanted.items():
         held = getattr(encoder.module, field)
         if field not in FREE_OVERRIDES and value != held:
@@ -286,7 +286,7 @@ def _initialise_from(name: str, entry: ConfigDict, student: dict) -> dict:
     else:
         step = checkpoints.step_directory(path)
         manifest = checkpoints.read_manifest(step)
-        source = name if name in manifest["students"] else checkpoints.pick_student(manifest, None, path)
+        source = name if name in manifest["students"] else encoders.pick_student(manifest, None, path)
         if manifest["students"][source]["model"] != entry.model:
             held = manifest["students"][source]["model"]
             raise ValueError(f"students.{name}.init_from: {path} holds {held!r}, not {entry.model!r}")
@@ -326,7 +326,7 @@ def find_statistics(config: ConfigDict, teachers: Mapping[str, Teacher]) -> dict
     declared = bool(config.statistics_from)
     folder = epath.Path(config.statistics_from or config.statistics)
     if declared and not any(folder.glob("*.safetensors")):
-        found = checkpoints.load_statistics(folder)
+        found = encoders.load_statistics(folder)
     else:
         found = {name: Statistics.load(folder / f"{name}.safetensors") for name in teachers}
     for name, teacher in teachers.items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eupe_jax.models import zoo
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)}

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import eupe_jax
 from convert import teachers_to_orbax, transformers_layout
 from eupe_jax.models import interchange, text_tower, zoo
-from eupe_jax.training import checkpoints, streaming
+from eupe_jax.training import checkpoints, encoders, streaming
 from tests.convert.conftest import make_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +181,7 @@ def test_text_towers_come_along(tmp_path):
     assert manifest["source"]["left_out"] == []
     encoder = eupe_jax.load_encoder(tmp_path / "o")
     assert_same(encoder.variables["params"], variables["params"]["visual"])
-    loaded, loaded_variables, entry = checkpoints.load_image_text(tmp_path / "o")
+    loaded, loaded_variables, entry = encoders.load_image_text(tmp_path / "o")
     assert_same(loaded_variables, variables)
     assert entry["mean"] == [0.5, 0.5, 0.5]
     images, tokens = np.ones((2, 32, 32, 3), np.float32), np.array([[1, 5, 63, 0]])
@@ -223,7 +223,7 @@ def test_towers_without_texts_have_none_to_load(tmp_path):
     teachers_to_orbax.convert("pe_core_t16_384", tmp_path / "visual.safetensors", tmp_path / "o", overrides=PE)
     assert eupe_jax.load_encoder(tmp_path / "o").module == module
     with pytest.raises(ValueError, match="holds no text tower"):
-        checkpoints.load_image_text(tmp_path / "o")
+        encoders.load_image_text(tmp_path / "o")
 
 
 def test_adapters_are_kept_when_asked_for(vit, tmp_path, capsys):

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from eupe_jax.training.checkpoints import Checkpoints, LoadedEncoder
+from eupe_jax.training.checkpoints import Checkpoints
+from eupe_jax.training.encoders import LoadedEncoder
 
 LINEAR = 1e8  # an adapter's LayerNorm with this eps divides by a constant
 

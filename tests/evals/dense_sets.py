@@ -9,7 +9,7 @@ from PIL import Image
 
 from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.models import zoo
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 
 COLOURS = np.array([[30, 30, 30], [220, 40, 40], [40, 200, 60], [60, 80, 230]], np.uint8)  # by raw label; 0 is "other"
 

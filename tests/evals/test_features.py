@@ -15,7 +15,7 @@ from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.evals.interface import DataError
 from eupe_jax.evals.labelled import load_split
 from eupe_jax.models import zoo
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 from tests.evals.image_sets import jpeg, picture, write_shards
 
 

@@ -16,7 +16,7 @@ from eupe_jax.evals.interface import DataError
 from eupe_jax.evals.similarity import Settings
 from eupe_jax.models import zoo
 from eupe_jax.training import integrity
-from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder
+from eupe_jax.training.encoders import LoadedEncoder, load_encoder
 from tests.evals.chains import linear_adapter, statistics_of, write_checkpoint
 from tests.evals.image_sets import jpeg, picture
 

@@ -16,7 +16,7 @@ from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.evals.interface import DataError
 from eupe_jax.evals.zero_shot import Settings
 from eupe_jax.models import interchange, text_tower, zoo
-from eupe_jax.training.checkpoints import LoadedEncoder, load_encoder, load_image_text
+from eupe_jax.training.encoders import LoadedEncoder, load_encoder, load_image_text
 from tests.evals.chains import linear_adapter, statistics_of, write_checkpoint
 from tests.evals.image_sets import write_shards
 

@@ -5,7 +5,7 @@ from typing import Any
 from eupe_jax.evals import linear_head
 from eupe_jax.evals.encoders import FlaxEncoder
 from eupe_jax.models import interchange, zoo
-from eupe_jax.training.checkpoints import LoadedEncoder
+from eupe_jax.training.encoders import LoadedEncoder
 from tests.golden_kinds.common import Fixture
 
 
