@@ -6,6 +6,7 @@ began there, and the hosts of a run together give the same global batch whatever
 
 import logging
 import math
+import multiprocessing
 import re
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ import numpy as np
 from eupe_jax.data.host import REASONS, HostConfig, RecordReader
 from eupe_jax.data.mixture import Mixing, Mixture
 from eupe_jax.data.order import hash_words, record_index
-from eupe_jax.data.processes import end_with_parent
+from eupe_jax.data.processes import end_with_parent, how_it_ended
 from eupe_jax.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class Loader:
         [b, S, S, 3], "index" int64 [b], and "broken" int64 [sources, kinds]: how often broken records of each source
         (in order) and kind were met for them.
 
-        Endless. Close it (or drop it) to stop its threads. A worker process that dies is a ChildProcessError.
+        Endless. Close it (or drop it) to stop its threads. What goes wrong in them is raised here, as ValueError or
+        OSError whatever it was; a worker process that dies is a ChildProcessError.
         """
         positions = np.arange(self.batch_size) if positions is None else np.asarray(positions)
         if not len(positions) or positions.min() < 0 or positions.max() >= self.batch_size:
@@ -99,7 +101,7 @@ class Loader:
             _mark_flags_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent())
-        return _Stream(iter(dataset), parts, shape, list(self.sources), self.counts)
+        return _Stream(iter(dataset), parts, shape, list(self.sources), self.counts, self._workers)
 
 
 def parts_of_batch(count: int, image_bytes: int, threads: int, workers: int) -> tuple[int, int]:
@@ -125,8 +127,11 @@ class _Stream:
         shape: tuple[int, ...],
         names: list[str],
         counts: Counter[tuple[str, str]],
+        workers: int,
     ):
         self._parts, self._count, self._shape, self._names, self._counts = parts, count, shape, names, counts
+        self._workers, self._others = workers, multiprocessing.active_children() if workers else []
+        self._processes: list[multiprocessing.Process] = []  # the workers, once they have begun
 
     def __iter__(self) -> "_Stream":
         return self
@@ -145,14 +150,19 @@ class _Stream:
 
     def _next_part(self) -> Batch:
         try:
-            return next(self._parts)
+            part = next(self._parts)
         except RuntimeError as error:
             if not (died := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))):
                 raise
+            code = int(died[1])
+            dead = [f"process {p.pid}, " for p in self._processes if p.exitcode == code]
             raise ChildProcessError(
-                f"a data worker process ended with exit code {died[1]}: if nobody killed it, memory may have run out; "
-                "lower data.workers or data.threads. The same command resumes the run"
+                f"a data worker ({''.join(dead[:1])}one of data.workers={self._workers}) {how_it_ended(code)}; lower "
+                "data.workers or data.threads if it was short of memory. The same command resumes the run"
             ) from error
+        if len(self._processes) < self._workers:  # grain begins them with the first part
+            self._processes = [p for p in multiprocessing.active_children() if p not in self._others]
+        return part
 
     def close(self) -> None:
         self._parts.close()
@@ -214,12 +224,28 @@ class _Records:
         for i, (position, source, record) in enumerate(
             zip(positions.tolist(), sources.tolist(), asked.tolist(), strict=True)
         ):
-            images[i], index[i], met = self._reader.read(
-                self._sources[source], record, step, position, self.names[source]
-            )
+            try:
+                images[i], index[i], met = self._reader.read(
+                    self._sources[source], record, step, position, self.names[source]
+                )
+            except BaseException as error:
+                if (told := _tellable(error, f"record {record} of {self.names[source]}, for step {step}")) is error:
+                    raise
+                raise told from error
             for kind in met:
                 broken[source, REASONS.index(kind)] += 1
         return {"image": images, "index": index + self.offsets[sources], "broken": broken}
+
+
+def _tellable(error: BaseException, where: str) -> Exception:
+    """What a thread or a worker process tells of an error: itself, or, of a kind that is nobody's to handle or that
+    would not get through to another process (which then waited for ever), its words.
+    """
+    family = type(error).__module__.partition(".")[0]
+    if isinstance(error, (ValueError, OSError)) and family in ("builtins", __name__.partition(".")[0]):
+        return error
+    kind = OSError if isinstance(error, OSError) else ValueError
+    return kind(f"{where} cannot be read: {type(error).__name__}: {error}")
 
 
 def _mark_flags_parsed():

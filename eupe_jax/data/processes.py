@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 
 
@@ -19,3 +20,21 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+_HINTS = {
+    signal.SIGKILL: "if nobody did, memory has run out, and the kernel's log says so",
+    signal.SIGBUS: "shared memory (/dev/shm) may be full",
+    signal.SIGSEGV: "a library crashed, perhaps on a damaged file",
+}
+
+
+def how_it_ended(code: int) -> str:
+    """The exit status of a process, as `multiprocessing` gives it, in words."""
+    if code >= 0:
+        return f"ended with exit status {code}"
+    try:
+        number = signal.Signals(-code)
+    except ValueError:
+        return f"was killed by signal {-code}"
+    return f"was killed by {number.name}" + (f": {_HINTS[number]}" if number in _HINTS else "")

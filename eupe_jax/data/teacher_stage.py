@@ -4,15 +4,20 @@ They must see the very image that the student sees, so augmentation happens here
 stage runs in a thread of its own, some batches ahead of the training step.
 """
 
+import logging
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from eupe_jax.distill.host_teachers import HostTeacher, check_features
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 60  # seconds that closing waits for the batch in hand
 
 # (step, uint8 [b, S, S, 3], their positions in the global batch: int [b], None: from 0 on) -> the same
 AugmentFn = Callable[[int, np.ndarray, np.ndarray | None], np.ndarray]
@@ -23,14 +28,21 @@ def run_teachers(teachers: Mapping[str, HostTeacher], images: np.ndarray) -> Fea
     """{name: {"cls": f32 [b, Dc] if it has one, "patches": f32 [b, h, w, Dp]}} of uint8 [b, S, S, 3].
 
     Teachers run at the same time: with one thread each, two share two cores without waiting for one another.
-    Raises ValueError when a teacher's output is not what its spec says.
+    Raises ValueError when a teacher fails or its output is not what its spec says.
     """
     with ThreadPoolExecutor(len(teachers) or 1) as pool:
         pending = {name: pool.submit(teacher, images) for name, teacher in teachers.items()}
-        features = {name: future.result() for name, future in pending.items()}
+        features = {name: _result(name, future) for name, future in pending.items()}
     for name, teacher in teachers.items():
         check_features(teacher.spec, features[name], len(images))
     return features
+
+
+def _result(name: str, future: Future) -> dict[str, np.ndarray]:
+    try:
+        return future.result()
+    except (Exception, SystemExit) as error:  # teachers are anybody's code: what they raise is of any kind
+        raise ValueError(f"host teacher {name!r} failed: {type(error).__name__}: {error}") from error
 
 
 def with_host_teachers(
@@ -90,10 +102,15 @@ class Background:
         return item
 
     def close(self):
-        """Stops the thread after the batch in hand, and closes the batches behind it. Safe to call twice."""
+        """Stops the thread after the batch in hand, and closes the batches behind it. Safe to call twice.
+
+        A thread that is stuck in that batch is left behind after a while: whoever closes has something to tell.
+        """
         self._done = True
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            log.warning("the thread that makes batches is stuck, and is left behind")
 
     def __enter__(self):
         return self

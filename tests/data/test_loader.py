@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from configs import common
 from eupe_jax.data.host import HostConfig, TooManyBroken
 from eupe_jax.data.loader import Loader, parts_of_batch
+from eupe_jax.data.processes import how_it_ended
 from eupe_jax.data.sources import ArraySource, Record
 from eupe_jax.training.pipeline import make_loader
 
@@ -286,8 +287,8 @@ def test_a_dead_worker_is_an_error_and_no_hang(numbered):
     victims = multiprocessing.active_children()
     assert len(victims) == 2
     os.kill(victims[-1].pid, signal.SIGKILL)
-    began = time.time()
-    with pytest.raises(ChildProcessError, match="data worker process ended with exit code -9.*lower data.workers"):
+    began, said = time.time(), rf"data worker \(process {victims[-1].pid}, one of .*workers=2\) was killed by SIGKILL"
+    with pytest.raises(ChildProcessError, match=said):
         while time.time() - began < 60:
             next(batches)
     batches.close()
@@ -305,6 +306,57 @@ if __name__ == "__main__":
     next(batches)
     os.kill(os.getpid(), 9)
 """
+
+
+class Failing(Virtual):
+    """Every record raises such an error."""
+
+    def __init__(self, kind, *words):
+        super().__init__(8)
+        self._kind, self._words = kind, words
+
+    def __getitem__(self, index):
+        raise self._kind(*self._words)
+
+
+class Untellable(OSError):
+    """An error that no other process can be told as it is: made again from its arguments, it lacks one."""
+
+    def __init__(self, code, reason):
+        super().__init__(f"{reason} ({code})")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "said"),
+    [
+        (Failing(Untellable, 7, "gone"), OSError, "Untellable: gone"),
+        (Failing(SystemExit, 0), ValueError, "SystemExit: 0"),
+        (Failing(MemoryError, "no room"), ValueError, "MemoryError: no room"),
+    ],
+)
+def test_whatever_a_thread_raises_is_told_with_its_record(source, kind, said):
+    batches = loader(source).batches(5)
+    with pytest.raises(kind, match=rf"record \d of data, for step 5 cannot be read: {said}") as told:
+        next(batches)
+    assert type(told.value) is kind
+    batches.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [Failing(Untellable, 7, "gone"), Failing(SystemExit, 0)])
+def test_an_error_in_a_worker_is_told_and_no_hang(source):
+    began, batches = time.time(), loader(source, workers=1).batches()
+    with pytest.raises((OSError, ValueError), match="cannot be read: (Untellable: gone|SystemExit: 0)"):
+        next(batches)
+    batches.close()
+    assert time.time() - began < 60
+
+
+def test_how_a_process_ended_is_said_in_words():
+    assert how_it_ended(3) == "ended with exit status 3"
+    assert how_it_ended(-9).startswith("was killed by SIGKILL: ") and "memory" in how_it_ended(-9)
+    assert "/dev/shm" in how_it_ended(-signal.SIGBUS)
+    assert how_it_ended(-15) == "was killed by SIGTERM" and how_it_ended(-200) == "was killed by signal 200"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from eupe_jax.data import teacher_stage
 from eupe_jax.data.augment import AugmentConfig, host_augment
 from eupe_jax.data.host import HostConfig
 from eupe_jax.data.loader import Loader
@@ -84,10 +85,25 @@ def test_it_works_ahead_and_no_further_than_asked(loader, cells):
 def test_an_error_reaches_the_consumer_after_the_good_batches(loader):
     stage = with_host_teachers(loader.batches(), {"cells": CellMeans(fail_after=2)})
     next(stage), next(stage)
-    with pytest.raises(RuntimeError, match="fell over"):
+    with pytest.raises(ValueError, match="host teacher 'cells' failed: RuntimeError: the teacher fell over"):
         next(stage)
     with pytest.raises(StopIteration):
         next(stage)
+
+
+def test_a_stuck_teacher_does_not_keep_the_run_from_ending(loader, cells, monkeypatch, caplog):
+    free = threading.Event()
+
+    class Stuck(CellMeans):
+        def __call__(self, images):
+            free.wait()
+            return super().__call__(images)
+
+    monkeypatch.setattr(teacher_stage, "_PATIENCE", 0.2)
+    stage = with_host_teachers(loader.batches(), {"cells": Stuck()})
+    stage.close()
+    assert "stuck" in caplog.text
+    free.set()
 
 
 def test_a_teacher_that_breaks_its_spec_is_named(loader):
