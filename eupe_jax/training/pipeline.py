@@ -48,6 +48,7 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"{field} must be at least 1, got {config[field]}")
     if config.checkpoint.save_every < 1:
         raise ValueError(f"checkpoint.save_every must be at least 1, got {config.checkpoint.save_every}")
+    check_faults(config.faults)
     sides = {"student_resolutions": config.student_resolutions}
     sides |= {f"teachers.{name}.resolutions": sizes for name, sizes in teacher_sizes(config).items()}
     for field, sizes in sides.items():
@@ -64,6 +65,18 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"loss.pair_scale.{name} must be a positive number, got {factor}")
     if not config.data.sources:
         raise ValueError("data.sources is empty: a run needs images")
+
+
+def check_faults(faults: ConfigDict) -> None:
+    """Raises ValueError, naming the field and the fix, where `config.faults` cannot be followed."""
+    if faults.max_skipped < 1:
+        raise ValueError(f"faults.max_skipped must be at least 1 step, got {faults.max_skipped}")
+    if faults.spike_factor and not 1 < faults.spike_factor < float("inf"):
+        raise ValueError(
+            f"faults.spike_factor must be more than 1, or 0 to apply every finite step, got {faults.spike_factor}"
+        )
+    if faults.fingerprint_every < 0:
+        raise ValueError(f"faults.fingerprint_every must be at least 1 step, or 0, got {faults.fingerprint_every}")
 
 
 def make_source(name: str, entry: ConfigDict) -> source_kinds.Source:
@@ -120,6 +133,31 @@ class Data:
             return {"feature_cache": {"records": self._cache.records, "fingerprint": self._cache.fingerprint}}
         opened = self._loader.sources
         return {"sources": {name: {"records": len(s), "digest": s.digest} for name, s in opened.items()}}
+
+    def describe(self, step: int) -> dict:
+        """What identifies a step, as JSON takes it: {"pair" of resolutions, "seed" (with the step, that of every draw),
+        "records": {source: indices in the order of the batch's places}}. A function of config and step, for the whole
+        batch on every host. A record that turns out to be broken is replaced when it is read.
+        """
+        config = self._config
+        chosen = resolutions.choose(config.seed, step, config.student_resolutions, teacher_sizes(config))
+        return {
+            "pair": str(chosen),
+            "seed": int(config.seed),
+            "records": {name: index.tolist() for name, index in self._records(step).items()},
+        }
+
+    def _records(self, step: int) -> dict[str, np.ndarray]:
+        if self._cache is not None:
+            entries = self._cache.entries_of_step(step, self._config.batch_size, self._config.seed)
+            return {"feature_cache": entries}  # view v of record i is v * records + i
+        ids, found, first = self._loader.record_ids(step), {}, 0
+        for name, source in self._loader.sources.items():
+            here = (ids >= first) & (ids < first + len(source))
+            if here.any():
+                found[name] = ids[here] - first
+            first += len(source)
+        return found
 
     def batches(self, hosts: Mapping[str, HostTeacher], mesh: Mesh, *, start_step: int) -> "Batches":
         """Global batches from `start_step` on, with the features of these host teachers. Each host makes the images
@@ -208,6 +246,12 @@ def device_augment(config: ConfigDict, teachers: Mapping[str, Teacher]) -> Calla
     return run
 
 
+def make_loss(config: ConfigDict) -> Loss:
+    """What `config.loss` says of the weights of the loss's parts."""
+    loss = config.loss
+    return Loss(loss.patch_cosine, loss.patch_smooth_l1, loss.smooth_l1_beta, tuple(loss.pair_scale.items()))
+
+
 def make_step(
     config: ConfigDict,
     students: Mapping[str, Student],
@@ -216,17 +260,11 @@ def make_step(
     mesh: Mesh | None = None,
 ) -> Callable:
     """The distillation step of this config for one choice of resolutions."""
-    loss = Loss(
-        config.loss.patch_cosine,
-        config.loss.patch_smooth_l1,
-        config.loss.smooth_l1_beta,
-        tuple(config.loss.pair_scale.items()),
-    )
     return make_distillation_step(
         students,
         teachers,
         chosen,
-        loss,
+        make_loss(config),
         seed=config.seed,
         augment=device_augment(config, teachers),
         shuffle_targets=config.loss.shuffle_targets,
