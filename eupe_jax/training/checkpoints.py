@@ -13,10 +13,12 @@ without adapters and optimizer, and perhaps with
   extras        {name: array}, tensors of the file that are no part of the encoder
 """
 
+import contextlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from eupe_jax.training import integrity
+from eupe_jax.training.best import Best
 
 LOGGER = logging.getLogger(__name__)
 
@@ -47,19 +50,28 @@ class Checkpoints:
     """The checkpoints of one run: asynchronous, atomic, checksummed saves under `workdir/checkpoints`."""
 
     def __init__(self, workdir: epath.PathLike, config: ConfigDict) -> None:
-        """`config`: save_every (steps), keep (newest kept), keep_every (steps kept for good, 0 for none)."""
+        """`config`: save_every (steps), keep (newest kept), keep_every (steps kept for good, 0 for none), and perhaps
+        keep_best, best_metric and best_mode (best.py).
+
+        Raises:
+          OSError: the folder cannot be made. ValueError: what is known of the best checkpoints is damaged.
+        """
         self.directory = absolute(workdir) / "checkpoints"
         self.damaged = absolute(workdir) / "damaged"
         self._save_every = config.save_every
-        self._saving = -1
+        self._saving, self._pending = -1, False
         kept = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every:
             kept.append(checkpoint_managers.EveryNSteps(config.keep_every))
+        self._best = Best(absolute(workdir) / "best.json", config) if config.get("keep_best") else None
+        if self._best:
+            kept.append(self._best)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
                 enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # of saves that a kill or a full disk cut short
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -81,7 +93,13 @@ class Checkpoints:
         """Starts a save every `save_every` steps, or now (`force`); returns once the state is off the devices.
 
         `step` is given, not read from the state: reading would wait for the devices at every step.
+
+        Raises:
+          OSError: this save, or an earlier one in the background, failed; names the checkpoint, the cause and the last
+            good one, which stays.
         """
+        if self._pending and not self._manager.is_saving_in_progress():
+            self.wait()  # it is over: did it fail?
         if self._manager.latest_step() == step or not (force or step % self._save_every == 0):
             return
         items: dict[str, Any] = {}
@@ -95,9 +113,19 @@ class Checkpoints:
             items["chain"] = dict(chain)
         args = {key: ocp.args.StandardSave(value) for key, value in items.items()}
         args[MANIFEST] = ocp.args.JsonSave({**manifest, "format": FORMAT, "step": step})
-        self._manager.wait_until_finished()  # as Orbax does itself, but before `_saving` changes
-        self._saving = step
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        self.wait()  # as Orbax does itself, but before `_saving` changes
+        self._saving, self._pending = step, True
+        with self._explained():
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def note(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes what evaluations gave for the checkpoint of `step`, {"EVALUATION/SCALAR": value}: the best are kept.
+
+        Raises:
+          ValueError: `best_metric` is no scalar that its evaluation gives. OSError: it cannot be written down.
+        """
+        if self._best and self._best.note(step, scalars):
+            LOGGER.info("the checkpoint of step %d is the best so far", step)
 
     def restore(self, state: Mapping, step: int) -> dict:
         """The state at `step`, placed as `state` (arrays or ShapeDtypeStructs with shardings) says.
@@ -109,7 +137,7 @@ class Checkpoints:
           ValueError: the checkpoint holds other students or shapes than this run.
         """
         integrity.verify_on_all_hosts(self.directory / str(step))
-        args = {}
+        args = {MANIFEST: ocp.args.JsonRestore()}
         for name, student in state["students"].items():
             params = student["params"]
             backbone = {"params": params["backbone"], "buffers": student["buffers"]}
@@ -120,6 +148,8 @@ class Checkpoints:
             items = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(f"checkpoint {self.directory / str(step)} does not fit this config: {error}") from error
+        if (written := items[MANIFEST].get("step")) != step:
+            raise integrity.CorruptCheckpoint(f"{self.directory / str(step)} holds the checkpoint of step {written}")
         students = {
             name: {
                 "params": {"backbone": items[f"{name}.backbone"]["params"], "adapters": items[f"{name}.adapters"]},
@@ -170,11 +200,43 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until the last save is on disk.
+
+        Raises:
+          OSError: it failed, as `save` says.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._pending = False
+
+    def _others(self) -> list[int]:
+        """Steps of finished checkpoints, but for the one being saved."""
+        with contextlib.suppress(OSError):
+            return [int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and int(p.name) != self._saving]
+        return []
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of storage, which come from many layers, as one that says what was lost, and what was not."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._pending = False
+            held = "those before it are as they were" if self._others() else "there is none before it"
+            raise OSError(
+                f"checkpoint {self.directory / str(self._saving)} cannot be written: {_cause(error)}; {held}: "
+                "mend that, then run the same command again"
+            ) from error
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, in its own words, without where in which library."""
+    while earlier := error.__cause__ or error.__context__:
+        error = earlier
+    return re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(error), flags=re.DOTALL)
 
 
 def abstract(tree: Any) -> Any:
