@@ -43,6 +43,14 @@ def record():
     return append
 
 
+@pytest.fixture(scope="session")
+def cache():
+    """Folder of compiled programs, of all tests and workers of the session: nothing is compiled twice."""
+    folder = Path(os.environ[FOLDER]) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def is_whole(config) -> bool:
     """Whether this session runs the fault suite, all of it."""
     named = {Path(os.path.abspath(config.invocation_params.dir / arg.split("::")[0])) for arg in config.args}

@@ -46,8 +46,9 @@ class Bar:
             found.append(f"{kind}: in {len(places)} places, not {self.places}")
         for place, counts in places.items():
             found += [f"{kind}, {place}: {counts[bad]:g} {bad}" for bad in BAD if counts.get(bad)]
-            over = {n: v for n, v in counts.items() if n.startswith(WORST) and self.worst is not None and v > self.worst}
-            found += [f"{kind}, {place}: {name} {value:g} > {self.worst:g}" for name, value in over.items()]
+            for name, value in counts.items():
+                if name.startswith(WORST) and self.worst is not None and not value <= self.worst:
+                    found.append(f"{kind}, {place}: {name} {value:g} > {self.worst:g}")
         return found
 
 
