@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from absl import flags
 
 from eupe_jax.evals import paper, registry, report
 from eupe_jax.evals.paper import COLUMNS
+from eupe_jax.files import write_whole
 from launch import cli
 
 OUT = flags.DEFINE_string("out", None, "folder for comparison.csv, comparison.md and comparison.png")
@@ -162,9 +162,7 @@ def main() -> None:
         contents = {"comparison.csv": sheet.getvalue().encode(), "comparison.md": text.encode()}
         contents["comparison.png"] = figure(lines)
         for name, content in contents.items():
-            partial = out / f".{name}.partial"
-            partial.write_bytes(content)
-            os.replace(partial, out / name)
+            write_whole(out / name, content)
         print(f"wrote {out}")
 
 

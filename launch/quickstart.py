@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import quickstart as recipes
+from eupe_jax.files import write_whole
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
@@ -116,9 +117,7 @@ def main() -> None:
         "commands": _commands(out),
         "small": SMALL,
     }
-    partial = out / ".summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2))
-    partial.replace(out / "summary.json")
+    write_whole(out / "summary.json", json.dumps(summary, indent=2))
     path = write_report(out, summary, curves, panels)
     _print_verdict(summary)
     print(f"\n{summary['seconds']['total']:.0f} s in all. Open {path}")

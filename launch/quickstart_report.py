@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from eupe_jax.files import write_whole
 from launch import quickstart_figures as figures
 from launch.quickstart_verdict import (
     CLEAR_MARGIN,
@@ -282,6 +283,5 @@ def write_report(out: Path, summary: dict, curves: Mapping[str, list[dict]], pan
         has_summary=(out / "summary.json").is_file(),
     )
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / ".report.html.partial"
-    partial.write_text(html, encoding="utf-8")
-    return partial.replace(out / "report.html")
+    write_whole(out / "report.html", html)
+    return out / "report.html"

@@ -18,6 +18,7 @@ from etils import epath
 from jax.experimental.multihost_utils import process_allgather
 
 from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.files import write_whole
 
 STD_FLOOR = 1e-3  # a coordinate that hardly moves must not blow up (DUNE clamps here; the paper is silent)
 KINDS = ("cls", "patches")
@@ -70,13 +71,11 @@ class Statistics:
         return cls(as_numpy(arrays["mean"]), as_numpy(arrays["std"]), dict(header["count"]), provenance)
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes one safetensors file, atomically."""
+        """Writes one safetensors file, whole."""
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{what}/{kind}": v for what, tree in self.arrays().items() for kind, v in tree.items()}
-        partial = path.parent / f".{path.name}.partial"
-        partial.write_bytes(safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(self.header())}))
-        partial.replace(path)
+        write_whole(path, safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(self.header())}))
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Statistics":

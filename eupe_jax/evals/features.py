@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from eupe_jax.data.host import BrokenRecord, decode
 from eupe_jax.data.sources import ArraySource, Record, Source
 from eupe_jax.evals.interface import DataError, Tokens
+from eupe_jax.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -252,20 +252,15 @@ class _Store:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], fingerprint: str) -> None:
-    """Writes arrays under a temporary name, then renames; `load_arrays` gives them back for the same fingerprint only.
+    """Writes arrays into a file, whole; `load_arrays` gives them back for the same fingerprint only.
 
     Raises:
       OSError: they cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        metadata = {"fingerprint": fingerprint, "sha256": _sha256(arrays)}
-        temporary.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"fingerprint": fingerprint, "sha256": _sha256(arrays)}
+    write_whole(path, safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def load_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:

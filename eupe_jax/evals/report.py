@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 
 from eupe_jax.evals.interface import Result
+from eupe_jax.files import write_whole
 
 METRICS = "metrics.json"
 # Two results that agree in these are one.
@@ -27,13 +28,13 @@ def write(folder: epath.PathLike, result: Result, header: Mapping[str, Any], ste
     """Writes a result; `header` says what was measured on what and goes into metrics.json beside the figures."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "metrics.csv", _csv([{"metric": k, "value": v} for k, v in result.metrics.items()]))
+    write_whole(folder / "metrics.csv", _csv([{"metric": k, "value": v} for k, v in result.metrics.items()]))
     for name, rows in result.tables.items():
-        _replace(folder / f"{name}.csv", _csv(rows))
+        write_whole(folder / f"{name}.csv", _csv(rows))
     for name, picture in result.images.items():
         buffer = io.BytesIO()
         Image.fromarray(np.asarray(picture, np.uint8)).save(buffer, format="PNG")
-        _replace(folder / f"{name}.png", buffer.getvalue())
+        write_whole(folder / f"{name}.png", buffer.getvalue())
     events = folder / "tensorboard"
     if events.exists():
         events.rmtree()
@@ -43,7 +44,7 @@ def write(folder: epath.PathLike, result: Result, header: Mapping[str, Any], ste
         for name, picture in result.images.items():
             writer.add_image(f"{header['eval']}/{name}", np.asarray(picture, np.uint8), step, dataformats="HWC")
     content = {**header, "metrics": result.metrics, "details": result.details}
-    _replace(folder / METRICS, json.dumps(content, indent=2, default=_plain).encode())
+    write_whole(folder / METRICS, json.dumps(content, indent=2, default=_plain).encode())
 
 
 def read(folder: epath.PathLike) -> dict[str, Any] | None:
@@ -87,9 +88,3 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(content)
-    partial.replace(path)

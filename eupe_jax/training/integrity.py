@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
+from eupe_jax.files import write_whole
 from eupe_jax.hashing import sha256_file
 
 CHECKSUMS = "checksums.json"
@@ -37,9 +38,7 @@ def seal(step: epath.Path) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         files = dict(zip(names, pool.map(lambda name: _entry(step / name), names), strict=True))
     held = {"files": files, STEP_METADATA: _without_times(step)}
-    partial = step / f".{CHECKSUMS}.partial"
-    partial.write_text(json.dumps({**held, "sha256": _digest(held)}, indent=1))
-    partial.replace(step / CHECKSUMS)
+    write_whole(step / CHECKSUMS, json.dumps({**held, "sha256": _digest(held)}, indent=1))
 
 
 def verify(step: epath.Path, items: Iterable[str] | None = None) -> None:

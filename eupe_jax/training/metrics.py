@@ -9,6 +9,8 @@ from clu.metrics import Average
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from eupe_jax.files import naming, write_whole
+
 
 class RunningMetrics:
     """Averages of step metrics since the last `pop`, computed on the host: devices have a step under way.
@@ -90,17 +92,16 @@ class _Lines:
     def __init__(self, path: epath.Path, resume_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         self._there = [line for line in kept if line["step"] == resume_step]
-        partial = path.parent / f".{path.name}.partial"
-        partial.write_text("".join(_json_line(line) for line in kept))
-        partial.replace(path)
-        self._file = path.open("a")
+        write_whole(path, "".join(_json_line(line) for line in kept))
+        self._path, self._file = path, path.open("a")
 
     def append(self, line: dict) -> bool:
         """Whether the line was new."""
         if line in self._there:
             return False
-        self._file.write(_json_line(line))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(_json_line(line))
+            self._file.flush()
         return True
 
     def close(self) -> None:

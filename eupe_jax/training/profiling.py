@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from eupe_jax.files import write_whole
+
 LOGGER = logging.getLogger(__name__)
 
 MOST = 100  # steps: traces are large, and the profiler drops events beyond some millions
@@ -86,7 +88,7 @@ class Profiler:
             target.mkdir(parents=True, exist_ok=True)
             for ending in (".xplane.pb", ".trace.json.gz"):
                 for path in local.rglob(f"*{ending}"):
-                    _copy(path, target / f"{socket.gethostname()}_{jax.process_index()}{ending}")
+                    write_whole(target / f"{socket.gethostname()}_{jax.process_index()}{ending}", path.read_bytes())
             LOGGER.info(
                 "trace of steps %d:%d in %s; to see it: pip install xprof, then xprof --logdir=%s (or open the "
                 ".trace.json.gz file at ui.perfetto.dev)",
@@ -101,9 +103,3 @@ class Profiler:
             local, self._local = self._local, None
             jax.profiler.stop_trace()
             shutil.rmtree(local, ignore_errors=True)
-
-
-def _copy(source: Path, target: epath.Path) -> None:
-    partial = target.parent / f".{target.name}.partial"
-    partial.write_bytes(source.read_bytes())
-    partial.replace(target)
