@@ -1,7 +1,7 @@
 """TensorBoard events of a run.
 
-tensorboardX's own writer fills a queue; once the thread that empties it has met a full disk, a run that logs hangs. Here
-the next write raises what went wrong.
+tensorboardX's own writer fills a queue; once the thread that empties it has met a full disk, a run that logs hangs.
+Here the next write raises what went wrong.
 """
 
 import time
@@ -30,14 +30,14 @@ class Events:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
         # TensorBoard forgets what a stopped run had already written past its last checkpoint.
         forget = Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._last: Future = self._thread.submit(self._write, [forget])
+        self._last: Future = self._thread.submit(self._write, [forget], None)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Raises OSError, naming the folder, where an earlier write failed."""
         if self._last.done():
             self._raise()
         events = [Event(step=step, summary=summary.scalar(name, value)) for name, value in scalars.items()]
-        self._last = self._thread.submit(self._write, events)
+        self._last = self._thread.submit(self._write, events, self._last)
 
     def close(self) -> None:
         """Raises OSError as `write` does."""
@@ -46,7 +46,9 @@ class Events:
         with naming(self._folder):
             self._file.close()
 
-    def _write(self, events: list[Event]) -> None:
+    def _write(self, events: list[Event], previous: Future | None) -> None:
+        if previous is not None:
+            previous.result()  # what went wrong is not written over
         for event in events:
             event.wall_time = time.time()
             self._file.write_event(event)
