@@ -5,71 +5,39 @@ import random
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from eupe_jax.training import checkpoints, integrity
-from eupe_jax.training.checkpoints import Checkpoints
 from eupe_jax.training.integrity import CHECKSUMS, CorruptCheckpoint
-
-STATISTICS = {"teacher": {"mean": {"cls": jnp.ones(3)}}}
-MANIFEST = {"students": {}}
-
-
-def make_state(step):
-    student = {
-        "params": {"backbone": {"kernel": jnp.full((64, 64), step / 7)}, "adapters": {"kernel": jnp.full(8, step / 3)}},
-        "buffers": {},
-        "optimizer": {"mu": jnp.full((64, 64), step / 11)},
-    }
-    return {"step": jnp.int32(step), "students": {"s": student}}
-
-
-def make_checkpoints(workdir, **settings):
-    return Checkpoints(workdir, ConfigDict({"save_every": 1, "keep": 5, "keep_every": 0} | settings))
+from tests.training.damaged import (
+    MANIFEST,
+    STATISTICS,
+    cut,
+    flip,
+    make_checkpoints,
+    make_run,
+    make_state,
+    remove,
+    restored,
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A workdir with checkpoints of steps 1 and 2."""
-    workdir = tmp_path_factory.mktemp("run")
-    saver = make_checkpoints(workdir)
-    for step in (1, 2):
-        saver.save(step, make_state(step), STATISTICS, {}, MANIFEST)
-    saver.close()
-    return workdir
-
-
-def restored(workdir, **settings):
-    saver = make_checkpoints(workdir)
-    try:
-        return saver.restore_latest(make_state(0), **settings)
-    finally:
-        saver.close()
-
-
-def flip(path, moments):
-    data = bytearray(path.read_bytes())
-    data[moments.randrange(len(data))] ^= 1 << moments.randrange(8)
-    path.write_bytes(data)
-
-
-def cut(path, moments):
-    path.write_bytes(path.read_bytes()[: moments.randrange(path.stat().st_size)])
-
-
-def remove(path, moments):
-    path.unlink()
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 def test_every_damage_to_every_file_is_named(run, tmp_path):
-    """No bit, no byte and no file of a checkpoint can change unseen, but for the time of its commit."""
-    step, moments, cases = run / "checkpoints" / "2", random.Random(0), 0
+    """No bit, no byte and no file of a checkpoint can change unseen, but for the time of its commit (more damage, to
+    whole runs: tests/faults/test_corruption.py)."""
+    step, moments = run / "checkpoints" / "2", random.Random(0)
     written_last = {integrity.COMMITTED, integrity.STEP_METADATA}
-    for path in sorted(p.relative_to(step) for p in step.rglob("*") if p.is_file() and p.name != integrity.COMMITTED):
-        for damage in (flip, cut, remove, flip):
+    files = sorted(p.relative_to(step) for p in step.rglob("*") if p.is_file() and p.name != integrity.COMMITTED)
+    assert len(files) > 20
+    for number, path in enumerate(files):
+        for damage in (flip, (cut, remove)[number % 2]):
             copy = tmp_path / "copy"
             shutil.copytree(step, copy)
             damage(copy / path, moments)
@@ -79,8 +47,6 @@ def test_every_damage_to_every_file_is_named(run, tmp_path):
             with pytest.raises(CorruptCheckpoint, match=path.name):
                 integrity.verify(checkpoints.absolute(copy))
             shutil.rmtree(copy)
-            cases += 1
-    assert cases >= 100
     integrity.verify(checkpoints.absolute(step))
 
 
@@ -125,6 +91,17 @@ def test_what_is_loaded_alone_is_checked_alone(run, tmp_path):
     (step / CHECKSUMS).unlink()
     with pytest.raises(CorruptCheckpoint, match="no checksums.json"):
         checkpoints.restore_item(step, "s.backbone")
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_none(run, tmp_path):
+    """Its files are whole, and not those of that step."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.rmtree(workdir / "checkpoints/2")
+    shutil.copytree(workdir / "checkpoints/1", workdir / "checkpoints/2")
+    with pytest.raises(CorruptCheckpoint, match="checkpoints/2 holds the checkpoint of step 1; bring its files back"):
+        restored(workdir)
+    assert int(restored(workdir, fallback=True)["step"]) == 1
 
 
 def test_checksums_name_no_file_outside(run, tmp_path):
