@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from eupe_jax.training.checkpoints import Checkpoints
+from eupe_jax.training.loop import train
+from eupe_jax.training.measure import measure_statistics
 from tests.evals.image_sets import write_shards
 from tests.faults.commands import RECIPE, Command, assert_same_run, finished_steps, lines_of
+from tests.training.conftest import tiny_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 
@@ -131,6 +135,28 @@ def test_training(tmp_path, cache, moments, record):
     print(f"{len(runs)} runs; hit: {dict(hit)}")
     for phase in TRAINING_KILLS:
         record("kill -9", phase=phase, injected=hit[phase], recovered=hit[phase], lost=0)
+
+
+def test_a_kill_right_after_a_save_loses_no_line(tmp_path, monkeypatch):
+    """The step that is saved has been logged: its metrics are not in the checkpoint."""
+    config = tiny_config(steps=4)
+    config.statistics = str(tmp_path / "statistics")
+    measure_statistics(config, config.statistics)
+    train(config, tmp_path / "whole")
+    save = Checkpoints.save
+
+    def killed(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        self.wait()
+        if step == 2:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(Checkpoints, "save", killed)
+        train(config, tmp_path / "run")
+    assert finished_steps(tmp_path / "run") == [2]
+    train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_compiled_programs_cut_short(tmp_path, cache, moments, record):
