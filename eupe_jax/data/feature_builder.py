@@ -22,10 +22,11 @@ from eupe_jax.data.decode import naming, open_picture
 from eupe_jax.data.feature_cache import FORMAT, MANIFEST, PROGRESS, FeatureCache, read_manifest
 from eupe_jax.data.feature_codec import PRECISIONS, encode_features, pack_arrays
 from eupe_jax.data.host import BrokenRecord, HostConfig, RecordReader, make_image, random_crop_box, random_generator
-from eupe_jax.data.shard_files import ShardWriter, alone, flush, write_json, write_whole
+from eupe_jax.data.shard_files import ShardWriter, alone, write_json
 from eupe_jax.data.sources import Record, Source
 from eupe_jax.data.teacher_stage import Features
 from eupe_jax.distill.teacher_spec import TeacherSpec
+from eupe_jax.files import flush, write_whole
 from eupe_jax.hashing import sha256_file
 
 SHARD_BYTES = 1 << 28  # of a shard, where their number is not given: what a killed run may lose

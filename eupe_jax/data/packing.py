@@ -290,33 +290,42 @@ class _Stopped(Exception):
 
 
 class _Worker:
-    """What a worker shares with the process that watches it: records and bytes done, and whether to stop."""
+    """What a worker shares with the process that watches it: records and bytes done, and whether to stop.
+
+    No locks: one that a killed worker held would never be free again. Each worker counts in a place of its own.
+    """
 
     current: "_Worker"
 
-    def __init__(self, job: Callable, counters, stop):
-        self._job, self._counters, self._stop = job, counters, stop
+    def __init__(self, job: Callable, counters, stop, begun):
+        self._job, self._counters, self._stop, self._begun = job, counters, stop, begun
+        self._place = 0
+
+    def begin(self) -> None:
+        """Takes the next place of the counters."""
+        with self._begun.get_lock():  # asked for by workers alone, which end together where one of them dies
+            self._place, self._begun.value = self._begun.value, self._begun.value + 1
 
     def run(self, task):
         """The job's result; once one has failed, no other is begun."""
-        if self._stop.is_set():
+        if self._stop.value:
             raise _Stopped
         try:
             return self._job(task, self.tick)
         except BaseException:
-            self._stop.set()
+            self._stop.value = 1
             raise
 
     def tick(self, size: int) -> None:
-        with self._counters.get_lock():
-            self._counters[0] += 1
-            self._counters[1] += size
-        if self._stop.is_set():
+        self._counters[2 * self._place] += 1
+        self._counters[2 * self._place + 1] += size
+        if self._stop.value:
             raise _Stopped
 
 
 def _begin(worker: _Worker) -> None:
     _Worker.current = worker
+    worker.begin()
     end_with_parent()
 
 
@@ -327,8 +336,8 @@ def _work(task):
 def _each(job: Callable, tasks: Iterable, workers: int, bar: tqdm) -> Iterator:
     """Results of job(task, tick) as they come, over processes; the bar moves with every record."""
     context = multiprocessing.get_context("spawn")  # forked copies of threads and locks may hang
-    counters, stop = context.Array("q", 2), context.Event()
-    worker = _Worker(job, counters, stop)
+    counters, stop = context.RawArray("q", 2 * workers), context.RawValue("b", 0)
+    worker = _Worker(job, counters, stop, context.Value("i", 0))
     arguments = {"max_workers": workers, "initializer": _begin, "initargs": (worker,)}
     pool = ThreadPoolExecutor(**arguments) if workers == 1 else ProcessPoolExecutor(**arguments, mp_context=context)
     start, tasks = bar.n, iter(tasks)
@@ -340,8 +349,8 @@ def _each(job: Callable, tasks: Iterable, workers: int, bar: tqdm) -> Iterator:
                 if interrupted:
                     raise KeyboardInterrupt
                 pending |= {_submit(pool, task) for task in itertools.islice(tasks, len(done))}
-                bar.set_postfix_str(f"{counters[1] / 1e9:.2f} GB", refresh=False)
-                bar.update(start + counters[0] - bar.n)
+                bar.set_postfix_str(f"{sum(counters[1::2]) / 1e9:.2f} GB", refresh=False)
+                bar.update(start + sum(counters[::2]) - bar.n)
                 for future in done:
                     if not isinstance(future.exception(), _Stopped):  # the failure that stopped it comes too
                         yield future.result()
@@ -350,7 +359,7 @@ def _each(job: Callable, tasks: Iterable, workers: int, bar: tqdm) -> Iterator:
             "a worker process died (out of memory?): run the same command again to go on, with fewer --workers"
         ) from e
     finally:
-        stop.set()
+        stop.value = 1
         pool.shutdown(cancel_futures=True)
 
 

@@ -3,12 +3,12 @@
 import errno
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from eupe_jax.data.sources.record_codec import unpack_record
+from eupe_jax.files import move_whole, write_whole
 from eupe_jax.hashing import sha256_file
 
 # One record a chunk, so that a random access reads nothing else; images are compressed already.
@@ -31,31 +31,9 @@ def alone(lock: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def flush(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file whole; it is on the disk when this returns."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    partial.write_bytes(data)
-    _move(partial, path)
-
-
 def write_json(path: Path, value: object) -> None:
     """`write_whole` of a plain value."""
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode())
-
-
-def _move(partial: Path, path: Path) -> None:
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=True) + "\n")
 
 
 class ShardWriter:
@@ -107,7 +85,7 @@ class ShardWriter:
             "bytes": self._temporary.stat().st_size,
             "sha256": sha256_file(self._temporary),
         }
-        _move(self._temporary, self._path)
+        move_whole(self._temporary, self._path)
 
     def _call(self, function: Callable, *arguments):
         """array_record's errors become OSErrors."""
