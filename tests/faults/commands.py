@@ -1,5 +1,6 @@
 """Commands of launch/ as real processes: started, waited for, killed, and run again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -94,9 +95,17 @@ def finished_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
 
 
-def lines_of(path: Path) -> int:
-    """Whole lines of a file; 0 where there is none."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def has_logged(command: Command, workdir: Path, past: int) -> bool:
+    """Whether this very command has logged a step past that one: lines of one before it do not count."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.stat().st_mtime > command.began and logged_step(workdir) > past
+
+
+def logged_step(workdir: Path) -> int:
+    """Step of the last whole line of metrics; 0 where there is none."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def arrays_of(workdir: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 EUPE_KILL_SEED chooses other moments.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from eupe_jax.training.checkpoints import Checkpoints
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from tests.evals.image_sets import write_shards
-from tests.faults.commands import RECIPE, Command, assert_same_run, finished_steps, lines_of
+from tests.faults.commands import RECIPE, Command, assert_same_run, finished_steps, has_logged, logged_step
 from tests.training.conftest import tiny_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
@@ -54,15 +55,17 @@ class Seen:
     """What lies in a run's folder: how far it has come, by what a kill cannot take back."""
 
     workdir: Path
-    lines: int = field(init=False)
+    logged: int = field(init=False)
     newest: int = field(init=False)
     saving: set = field(init=False)
 
     def __post_init__(self):
-        self.lines = lines_of(self.workdir / "metrics.jsonl")
+        self.logged = logged_step(self.workdir)
         self.newest = max(finished_steps(self.workdir), default=0)
-        paths = [path for path in self.workdir.glob("checkpoints/*") if not path.name.isdigit()]
-        self.saving = {(path.name, path.stat().st_ino) for path in paths if path.exists()}
+        self.saving = set()
+        for path in self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"):
+            with contextlib.suppress(FileNotFoundError):  # it has just been finished
+                self.saving.add((path.name, path.stat().st_ino))
 
     @property
     def evaluating(self) -> bool:
@@ -75,7 +78,7 @@ class Seen:
             return "save"
         if self.evaluating and self.newest > before.newest:
             return "evaluation"
-        return "training" if self.lines != before.lines else "start"
+        return "training" if self.logged != before.logged else "start"
 
 
 class Training:
@@ -100,7 +103,7 @@ class Training:
         if phase == "start":
             time.sleep(self.moments.uniform(0, 6))
         else:  # first some steps, so that the run comes further from kill to kill
-            run.wait_for(lambda: lines_of(workdir / "metrics.jsonl") > before.newest)
+            run.wait_for(lambda: has_logged(run, workdir, past=before.newest))
             time.sleep(self.moments.uniform(0, 1.5) if phase == "training" else 0)
         if phase in ("save", "evaluation"):
             run.wait_for(lambda: Seen(workdir).phase(before) == phase)
@@ -124,6 +127,7 @@ def test_training(tmp_path, cache, moments, record):
         assert hit.total() < 2 * sum(TRAINING_KILLS.values()), f"kills that were aimed do not hit: {hit}"
         phase = training.kill(runs[-1], moments.choice(missing))
         hit[phase] += 1
+        print(f"{runs[-1].name} is logged up to {logged_step(runs[-1])}; hit: {dict(hit)}", flush=True)
         if not phase or Seen(runs[-1]).newest == STEPS:  # it is done, or has nothing to save any more: begin another
             runs.append(tmp_path / f"run{len(runs)}")
     for run in runs:
