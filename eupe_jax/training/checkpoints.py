@@ -98,8 +98,7 @@ class Checkpoints:
           OSError: this save, or an earlier one in the background, failed; names the checkpoint, the cause and the last
             good one, which stays.
         """
-        if self._pending and not self._manager.is_saving_in_progress():
-            self.wait()  # it is over: did it fail?
+        self.check()
         if self._manager.latest_step() == step or not (force or step % self._save_every == 0):
             return
         items: dict[str, Any] = {}
@@ -117,6 +116,11 @@ class Checkpoints:
         self._saving, self._pending = step, True
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def check(self) -> None:
+        """To be called after every step: raises what went wrong in a save in the background, as `save` does."""
+        if self._pending and not self._manager.is_saving_in_progress():
+            self.wait()  # it is over: did it fail?
 
     def note(self, step: int, scalars: Mapping[str, float]) -> None:
         """Takes what evaluations gave for the checkpoint of `step`, {"EVALUATION/SCALAR": value}: the best are kept.
@@ -171,7 +175,7 @@ class Checkpoints:
           CorruptCheckpoint: the newest is damaged and `fallback` is not set, or none is intact.
         """
         damaged: dict[int, integrity.CorruptCheckpoint] = {}
-        steps = sorted(self._manager.all_steps(read=True), reverse=True)
+        steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 state = self.restore(state, step)
