@@ -14,6 +14,7 @@ from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from ml_collections import ConfigDict
 
+from eupe_jax import files
 from eupe_jax.training.metrics import read_metrics
 
 FILE = "bad_steps.jsonl"
@@ -95,7 +96,7 @@ class Health:
 
     def _append(self, line: dict) -> None:
         self._written[line["step"]] = tuple(line["students"])
-        with self._path.open("a") as file:
+        with files.naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
 
     def _written_before(self) -> dict[int, tuple[str, ...]]:
@@ -105,9 +106,7 @@ class Health:
         text = self._path.read_text()
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            partial = self._path.parent / f".{FILE}.partial"
-            partial.write_text(whole)
-            partial.replace(self._path)
+            files.write_whole(self._path, whole)
         return {line["step"]: tuple(line["students"]) for line in read_metrics(self._path)}
 
     def _before(self, step: int) -> dict[str, int]:
