@@ -10,6 +10,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from eupe_jax.training.preemption import RESUME_ME, Preempted
+
 BAD_INPUT = 2  # exit status
 
 EXPECTED_ERRORS = (ValueError, OSError, ImportError)
@@ -73,7 +75,7 @@ def set_up_logging() -> None:
 
 def run(main: Callable[[], None], *, arguments: bool = False) -> None:
     """Runs `main()` under absl. Bad input ends in the error's notes, if any, one line and status 2; EUPE_TRACEBACK=1
-    shows the stack as well.
+    shows the stack as well. A run that was told to leave, and saved, ends in one line and status RESUME_ME.
 
     `arguments`: whether the command takes anything besides flags.
     """
@@ -85,6 +87,9 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
         set_up_logging()
         try:
             main()
+        except Preempted as notice:
+            print(f"{notice}: run the same command again to go on", file=sys.stderr)
+            sys.exit(RESUME_ME)
         except EXPECTED_ERRORS as error:
             if os.environ.get("EUPE_TRACEBACK"):
                 raise

@@ -9,6 +9,7 @@ from absl import flags
 
 from eupe_jax.training import distributed
 from eupe_jax.training.measure import measure_statistics
+from eupe_jax.training.preemption import Preemption
 from launch import cli, processes
 
 CONFIG = cli.define_config()
@@ -17,8 +18,10 @@ OUT = flags.DEFINE_string("out", None, "folder for TEACHER.safetensors files")
 
 def main() -> None:
     config, out = cli.require(CONFIG, "config"), cli.require(OUT, "out")
-    processes.join()
-    for name, statistics in measure_statistics(config, out).items():
+    with Preemption() as preemption:  # SIGTERM ends it at once: files are written when all is measured
+        processes.join(preemption)
+        measured = measure_statistics(config, out)
+    for name, statistics in measured.items():
         if not distributed.is_main():
             continue
         for kind in statistics.mean:

@@ -17,6 +17,7 @@ from absl import flags
 from eupe_jax.data import packing
 from eupe_jax.data.pack_shard import ImageOptions
 from eupe_jax.data.sources import registry
+from eupe_jax.training.preemption import Preemption
 from launch import cli
 
 SOURCE = flags.DEFINE_string("source", "images", f"kind of source: {', '.join(registry.KINDS)}")
@@ -42,6 +43,11 @@ VERIFY = flags.DEFINE_bool("verify", False, "read a finished folder again and na
 
 
 def main() -> None:
+    with Preemption():  # finished shards stay: SIGTERM ends it at once, with the status that asks to be run again
+        pack()
+
+
+def pack() -> None:
     out = cli.require(OUT, "out")
     if "://" in out:
         raise ValueError(f"--out {out}: shards are written to a local folder or a mounted bucket (gcsfuse)")

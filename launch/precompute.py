@@ -12,6 +12,7 @@ from absl import flags
 from eupe_jax.data.feature_cache import FeatureCache
 from eupe_jax.data.feature_codec import PRECISIONS
 from eupe_jax.training.precompute import precompute
+from eupe_jax.training.preemption import Preemption
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -39,7 +40,8 @@ def build() -> FeatureCache:
 
 def main() -> None:
     only_verify = VERIFY.value and CONFIG.value is None
-    cache = FeatureCache(cli.require(OUT, "out")) if only_verify else build()
+    with Preemption():  # finished shards stay: SIGTERM ends it at once, with the status that asks to be run again
+        cache = FeatureCache(cli.require(OUT, "out")) if only_verify else build()
     if VERIFY.value and (damaged := cache.verify()):
         print("\n".join(damaged))
         raise ValueError(

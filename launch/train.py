@@ -1,6 +1,7 @@
 """Trains a recipe: python launch/train.py --config=configs/stage2_vitb.py --workdir=gs://BUCKET/stage2_vitb
 
-The same command again resumes. `--config=...:runlocal` shrinks any recipe to a seconds-long smoke test that needs
+The same command again resumes, also after SIGTERM: then all is saved, and the status 75 asks to be run again. --fresh
+starts over in the same folder. `--config=...:runlocal` shrinks any recipe to a seconds-long smoke test that needs
 neither data nor weights; --print_config shows the whole recipe. On several hosts, start it on each of them with
 --distributed (docs/pods.md).
 """
@@ -8,10 +9,12 @@ neither data nor weights; --print_config shows the whole recipe. On several host
 import jax
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
-from eupe_jax.training import distributed, loop, profiling
+from eupe_jax.training import distributed, loop, profiling, workdirs
 from eupe_jax.training.host_memory import keep_freed_memory
 from eupe_jax.training.measure import measure_statistics
+from eupe_jax.training.preemption import GRACE_SECONDS, Preemption
 from launch import cli, processes
 from launch.training_evals import training_evals
 
@@ -25,6 +28,10 @@ ON_CORRUPT = flags.DEFINE_enum(
     "stop",
     loop.ON_CORRUPT,
     "where the newest checkpoint is damaged: stop, or put it aside (WORKDIR/damaged) and go on from an intact one",
+)
+FRESH = flags.DEFINE_bool("fresh", False, "move the run that WORKDIR holds into WORKDIR/old.N, and start a new one")
+GRACE = flags.DEFINE_float(
+    "grace", GRACE_SECONDS, "seconds from SIGTERM within which to save and leave; clouds kill after 30", lower_bound=1.0
 )
 CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -41,21 +48,35 @@ def main() -> None:
         return
     workdir = epath.Path(cli.require(WORKDIR, "workdir"))
     profile = profiling.parse_steps(PROFILE.value) if PROFILE.value else None
-    processes.join()
+    with Preemption(GRACE.value) as preemption:
+        processes.join(preemption)
+        train(config, workdir, profile, preemption)
+    if distributed.is_main():
+        print(f"done: {workdir}")
+
+
+def train(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | None, preemption: Preemption) -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     _keep_compiled(workdir)
     evals = training_evals(config, workdir)
+    if FRESH.value:
+        loop.check_run(config, workdir, evals, fresh=True)
+        workdirs.set_aside(workdir)
     if not config.statistics and not config.statistics_from and _all_random(config):
         # a smoke test: nobody has measured its random teachers, so do that first
         config.statistics = str(workdir / "statistics")
         loop.check_run(config, workdir, evals)
         measure_statistics(config, config.statistics)
     loop.train(
-        config, workdir, evals=evals, stop_at=STOP_AT.value, profile=profile, on_corrupt=ON_CORRUPT.value
+        config,
+        workdir,
+        evals=evals,
+        stop_at=STOP_AT.value,
+        profile=profile,
+        on_corrupt=ON_CORRUPT.value,
+        preemption=preemption,
     )
-    if distributed.is_main():
-        print(f"done: {workdir}")
 
 
 def _keep_compiled(workdir: epath.Path) -> None:

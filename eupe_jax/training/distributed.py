@@ -1,29 +1,38 @@
 """Several processes of one run: joining them, and which part of a batch each of them makes."""
 
-import logging
+import ctypes
 import os
 import re
+import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-LOGGER = logging.getLogger(__name__)
+from eupe_jax.training.preemption import RESUME_ME
 
 TIMEOUT = 300  # seconds to wait for the others at the start
 LEAVING = 60  # seconds that a process which ends with an error waits for the others, which do not know
+LOST_AFTER = 60  # seconds without a sign of life after which a process counts as lost, and the others end
 
 
-def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    lost_after: int = LOST_AFTER,
+) -> None:
     """Joins the processes of a run with `jax.distributed`, before anything asks JAX for devices.
 
     Without arguments JAX finds them by itself: on TPU pods and several slices of them, on GKE, under Slurm and Open
     MPI. With other launchers every process is told all three: `coordinator` ("HOST:PORT" of process 0), how many there
     are, and its own number. Processes that do not come together within TIMEOUT seconds end with status 2 and say so:
-    JAX itself would abort them.
+    JAX itself would abort them. When one is lost later, JAX ends the others within `lost_after` seconds; they say what
+    to do, and have the status `preemption.RESUME_ME`.
 
     Raises:
       ValueError: arguments that do not fit together, or none where nothing can be found.
@@ -41,6 +50,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             num_processes=num_processes,
             process_id=process_id,
             initialization_timeout=TIMEOUT + 60,
+            heartbeat_timeout_seconds=lost_after,
             shutdown_timeout_seconds=LEAVING,
         )
     except ValueError as error:  # "coordinator_address should be defined", and the like
@@ -52,7 +62,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         raise ConnectionError(f"cannot join the processes {where}: {_first_line(error)}") from error
     finally:
         alarm.cancel()
-    LOGGER.info("%d processes %s", jax.process_count(), where)
+    _explain_aborts()
 
 
 def check_arguments(told: Mapping[str, str | int | None]) -> None:
@@ -78,6 +88,27 @@ def _give_up(where: str) -> None:
         flush=True,
     )
     os._exit(2)  # the call that waits cannot be interrupted
+
+
+def _explain_aborts() -> None:
+    """JAX aborts the process, from a thread of its own, when another one is lost: it ends with a line that says what
+    to do, and the status that asks for it. A handler of Python's own would come too late, so C calls this one."""
+    global _on_abort
+    if _on_abort is None:
+        _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)  # kept: C holds no reference
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+
+
+_on_abort: Callable | None = None
+
+
+def _aborted(_signal: int) -> None:
+    line = (
+        "error: JAX ended this process (above: why). Where that is another process which died or is out of reach, run "
+        "the same command again on all hosts: the run goes on from its last checkpoint\n"
+    )
+    os.write(sys.stderr.fileno(), line.encode())
+    os._exit(RESUME_ME)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,38 +1,40 @@
 """One training run, top to bottom. The same lines serve all three stages: only the config differs."""
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from eupe_jax.distill import resolutions
 from eupe_jax.distill.teachers import Teacher
+from eupe_jax.files import write_whole
 from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import assemble, kernels, pipeline, program, summary
-from eupe_jax.training.checkpoints import Checkpoints, abstract
+from eupe_jax.training import assemble, best, kernels, pipeline, program, summary, workdirs
+from eupe_jax.training.checkpoints import Checkpoints, abstract, read_manifest
 from eupe_jax.training.distributed import is_main
 from eupe_jax.training.mesh_check import check_mesh
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics
 from eupe_jax.training.model_flops import step_flops
 from eupe_jax.training.optimizer import make_schedule
+from eupe_jax.training.preemption import Preempted, Preemption, is_lost
 from eupe_jax.training.profiling import Profiler
 from eupe_jax.training.timing import Timing
+from eupe_jax.training.watchdog import Watchdog
 
 LOGGER = logging.getLogger(__name__)
 
+SINCE_LOG = "since_log"  # in the manifest of a checkpoint: what stands in no line of metrics.jsonl yet
 ON_CORRUPT = ("stop", "fallback")
 
 
@@ -57,6 +59,7 @@ def train(
     stop_at: int | None = None,
     profile: tuple[int, int] | None = None,
     on_corrupt: str = "stop",
+    preemption: Preemption | None = None,
 ) -> dict:
     """Trains until `config.total_steps`, resuming from the newest checkpoint in `workdir`; returns the final state.
 
@@ -65,12 +68,15 @@ def train(
       profile: (first, last) step to trace into `workdir/profile`.
       on_corrupt: what to do where the newest checkpoint is damaged, one of ON_CORRUPT: "stop", or "fallback": put it
         aside and go on from the newest intact one.
+      preemption: what listens for the notice that this machine is being taken away; without it SIGTERM just ends it.
 
     Raises:
       ValueError, OSError: bad config, data, statistics, checkpoint or workdir, before anything is trained.
+      Preempted: the notice came; the state is saved, and the same call goes on from it.
     """
+    preemption = preemption or Preemption()  # never opened, it hears nothing
     with contextlib.ExitStack() as opened:
-        state = _train(opened, config, epath.Path(workdir), evals, stop_at, profile, on_corrupt)
+        state = _train(opened, config, epath.Path(workdir), evals, stop_at, profile, on_corrupt, preemption)
     sync_global_devices("trained")  # whoever leaves early would not wait for the one that evaluates
     return state
 
@@ -83,6 +89,7 @@ def _train(
     stop_at: int | None,
     profile: tuple[int, int] | None,
     on_corrupt: str,
+    preemption: Preemption,
 ) -> dict:
     """`train`; `opened` closes what it opens."""
     # ---- where the run lives
@@ -90,7 +97,7 @@ def _train(
         raise ValueError(f"on_corrupt is {on_corrupt!r}: use one of {', '.join(ON_CORRUPT)}")
     config, mesh = check_run(config, workdir, evals)
     data = pipeline.Data(config)
-    check_data(workdir, data.facts)
+    workdirs.check_data(workdir, data.facts)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- who teaches, and on what scale
@@ -131,23 +138,24 @@ def _train(
     _close_at_end(opened, batches)
 
     if is_main():
-        _record(workdir / "config.json", config.to_dict())
-        _record(workdir / "data.json", data.facts)
+        write_whole(workdir / workdirs.CONFIG, json.dumps(config.to_dict(), indent=2))
+        write_whole(workdir / workdirs.DATA, json.dumps(data.facts, indent=2))
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
-    running = RunningMetrics()
+    running = RunningMetrics(read_manifest(saver.directory / str(start)).get(SINCE_LOG) if start else None)
     writer = MetricWriter(workdir, resume_step=start, enabled=is_main())
     for each in (profiler, writer):
         _close_at_end(opened, each)
     bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not is_main(), desc=workdir.name)
     _close_at_end(opened, bar)
     timing = Timing(config.batch_size, flops, mesh.devices.flatten().tolist())
+    watchdog = opened.enter_context(Watchdog(config.faults.stall_factor))
 
     def log(step: int, *, final: bool = False) -> None:
+        with timing.part("log"):
+            running.count(batches.broken(before=step))
         with timing.part("wait"):
             scalars = running.pop(final=final)
-        with timing.part("log"):
-            scalars |= batches.broken(before=step)
         if not scalars:  # logged just before a save
             return
         times = timing.pop()
@@ -157,13 +165,27 @@ def _train(
             losses = {name: scalars.get(f"{name}/loss") for name in students}
             bar.set_postfix({name: value for name, value in losses.items() if value is not None} | in_short(times))
 
+    def save(step: int, *, wait: bool) -> None:
+        if step % config.log_every == 0 or step == config.total_steps:
+            # what the next step would log: a run that is killed once this one is saved would lose the line
+            log(step, final=True)
+        with timing.part("save"), watchdog.paused():
+            running.count(batches.broken(before=step))
+            unlogged = {SINCE_LOG: running.unlogged()}
+            saver.save(step, state, statistics_arrays, teachers.chains, manifest | unlogged, force=True)
+            if wait:
+                saver.wait()
+
     def evaluate(due: Sequence[Eval], step: int) -> None:
-        with timing.part("eval"):
+        with timing.part("eval"), watchdog.paused(), preemption.nothing_to_save():
             for each in due:
-                writer.write(step, {f"{each.name}/{k}": v for k, v in each.run(step, state).items()})
+                scalars = {f"{each.name}/{k}": v for k, v in each.run(step, state).items()}
+                writer.write(step, scalars)
+                saver.note(step, scalars)
 
     if start:  # what was due at the step this run resumes from, and may have been killed
         evaluate(evals_due(evals, start, config.total_steps), start)
+    opened.enter_context(preemption.something_to_save())
     for step in range(start, end):
         chosen, done = drawn(config, step), step + 1
         if profiler.begins(done):
@@ -182,15 +204,18 @@ def _train(
             with timing.part("profile"):
                 profiler.stop(state)
         bar.update()
+        watchdog.stepped(done)
+        leaving = preemption.requested(done) and done < end
         due = evals_due(evals, done, config.total_steps)
-        if due or done == end or done % config.log_every == done % config.checkpoint.save_every == 0:
-            # what the next step would log: a run that is killed once this one is saved would lose the line
-            log(done, final=True)
-        with timing.part("save"):
-            saver.save(done, state, statistics_arrays, teachers.chains, manifest, force=done == end or bool(due))
-        if due:  # saved first: a run that is killed while evaluating loses nothing
-            with timing.part("save"):
-                saver.wait()
+        if leaving or due or done == end:  # saved before it evaluates: a run that is killed while it does loses nothing
+            save(done, wait=True)
+        elif done % config.checkpoint.save_every == 0:
+            save(done, wait=False)
+        else:
+            saver.check()
+        if leaving:
+            raise Preempted(f"{workdir} is saved at step {done}")
+        if due:
             evaluate(due, done)
     return state
 
@@ -199,6 +224,8 @@ def _close_at_end(opened: contextlib.ExitStack, each: Any) -> None:
     """Closes it when `opened` ends; an error of doing so never hides the one that ended the run."""
 
     def close(_kind: object, error: BaseException | None, _traceback: object) -> None:
+        if is_lost(error):
+            return  # another process has gone: some would wait for it
         try:
             each.close()
         except Exception as another:
@@ -209,8 +236,10 @@ def _close_at_end(opened: contextlib.ExitStack, each: Any) -> None:
     opened.push(close)
 
 
-def check_run(config: ConfigDict, workdir: epath.Path, evals: Sequence[Eval]) -> tuple[ConfigDict, Mesh]:
-    """What can be seen to be wrong before anything is made, loaded or compiled.
+def check_run(
+    config: ConfigDict, workdir: epath.Path, evals: Sequence[Eval], *, fresh: bool = False
+) -> tuple[ConfigDict, Mesh]:
+    """What can be seen to be wrong before anything is made, loaded or compiled. fresh: whatever the workdir holds.
 
     Returns:
       The config as its `config.json` has it, with `compute.teacher_gelu` as it is on these chips, and the mesh.
@@ -220,11 +249,13 @@ def check_run(config: ConfigDict, workdir: epath.Path, evals: Sequence[Eval]) ->
     """
     pipeline.check_config(config)
     check_evals(evals, config.log_every)
+    best.check_settings(config.checkpoint, [each.name for each in evals])
     mesh = make_mesh(**config.mesh)
     check_mesh(config, mesh, jax.process_count())
     config = config.copy_and_resolve_references()
     config.compute.teacher_gelu = kernels.teacher_gelu(config.compute, mesh)
-    check_workdir(workdir, config)
+    if not fresh:
+        workdirs.check(workdir, config)
     return config, mesh
 
 
@@ -275,66 +306,3 @@ def check_evals(evals: Sequence[Eval], log_every: int) -> None:
 def evals_due(evals: Sequence[Eval], step: int, total_steps: int) -> list[Eval]:
     """The evaluations that run after `step` steps."""
     return [each for each in evals if step % each.every == 0 or step == total_steps]
-
-
-# Fields that change what is computed by rounding at most: a resumed run may differ in them; "*" is any name. The GELU
-# of teachers is none of them, because it moves the targets: the config of a run says which it began with, never "auto".
-FREE_FIELDS = (
-    "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
-    "faults.max_skipped", "faults.fingerprint_every", "faults.stall_factor",
-    "accumulate", "compute.attention", "compute.async_collectives", "students.*.remat", "*.overrides.remat",
-    "*.overrides.scan_unroll", "*.overrides.depthwise",
-)  # fmt: skip
-
-
-def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
-    """Refuses a workdir that holds a run of another config.
-
-    Raises:
-      ValueError: lists every field that differs.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        wanted = json.loads(json.dumps(config.to_dict()))
-        differences = list(_differences(json.loads(path.read_text()), wanted))
-        if differences:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another workdir or go back to: "
-                + "; ".join(f"{field}={old!r} (now {new!r})" for field, old, new in differences)
-            )
-
-
-def check_data(workdir: epath.Path, facts: Mapping[str, Mapping]) -> None:
-    """Refuses data that another host, or the run in this workdir so far, does not see: another number of records is
-    another order.
-
-    Raises:
-      ValueError: names the hosts, or the sources and what changed.
-    """
-    digest = np.frombuffer(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
-    hosts = process_allgather(digest).reshape(-1, digest.size)
-    if others := np.flatnonzero(np.any(hosts != hosts[0], axis=1)).tolist():
-        raise ValueError(f"hosts {others} see other data than host 0: give all hosts the same files; here: {facts}")
-    path = workdir / "data.json"
-    if path.exists() and (differences := list(_differences(json.loads(path.read_text()), facts, "data."))):
-        raise ValueError(
-            f"{workdir} holds a run on other data: bring it back, or choose another workdir: "
-            + "; ".join(f"{field} was {old!r}, not {new!r}" for field, old, new in differences)
-        )
-
-
-def _record(path: epath.Path, value: Mapping) -> None:
-    """Writes JSON, atomically."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(json.dumps(value, indent=2))
-    partial.replace(path)
-
-
-def _differences(old: object, new: object, prefix: str = ""):
-    if any(fnmatchcase(prefix.rstrip("."), free) for free in FREE_FIELDS):
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    elif old != new:
-        yield prefix.rstrip("."), old, new

@@ -2,14 +2,16 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from clu.metrics import Average
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from eupe_jax.files import naming, write_whole
+from eupe_jax.training.events import Events
 
 
 class RunningMetrics:
@@ -20,9 +22,15 @@ class RunningMetrics:
     waits for the step it has just dispatched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unlogged: Mapping | None = None) -> None:
+        """unlogged: what `unlogged` gave where this run goes on."""
         self._pending: dict[str, jax.Array] = {}
-        self._averages: dict[str, Average] = {}
+        unlogged = unlogged or {"averages": {}, "counts": {}}
+        self._averages = {
+            name: Average(total=np.asarray(each["total"], each["dtype"]), count=np.asarray(each["count"]))
+            for name, each in unlogged["averages"].items()
+        }
+        self._counts = Counter(unlogged["counts"])
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         previous, self._pending = self._pending, metrics
@@ -34,15 +42,31 @@ class RunningMetrics:
             average = Average(total=np.where(finite, value, 0), count=np.where(finite, 1, 0))
             self._averages[name] = self._averages[name].merge(average) if name in self._averages else average
 
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Takes what is added up, not averaged."""
+        self._counts.update(counts)
+
+    def unlogged(self) -> dict[str, dict]:
+        """All that was added since the last `pop`, the newest step included, as JSON takes it: a run that goes on from
+        a checkpoint between two lines writes the line that it would have written."""
+        self.add({})
+        averages = {
+            name: {"total": each.total.item(), "dtype": each.total.dtype.name, "count": each.count.item()}
+            for name, each in self._averages.items()
+        }
+        return {"averages": averages, "counts": dict(self._counts)}
+
     def pop(self, *, final: bool = False) -> dict[str, float]:
-        """Averages of every step but the newest (`final`: including it), then starts afresh.
+        """Averages of every step but the newest (`final`: including it), and counts, then starts afresh.
 
         Values that are not finite are left out; NaN where no other is left.
         """
         if final:
             self.add({})
-        averages, self._averages = self._averages, {}
-        return {name: float(each.compute()) if each.count else math.nan for name, each in averages.items()}
+        averages, counts = self._averages, self._counts
+        self._averages, self._counts = {}, Counter()
+        scalars = {name: float(each.compute()) if each.count else math.nan for name, each in averages.items()}
+        return scalars | counts
 
 
 class MetricWriter:
@@ -58,7 +82,7 @@ class MetricWriter:
         if enabled:
             self._metrics = _Lines(workdir / "metrics.jsonl", resume_step)
             self._timings = _Lines(workdir / "timings.jsonl", resume_step)
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            self._events = Events(workdir / "tensorboard", resume_step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """What was computed."""
@@ -72,9 +96,7 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         if lines is None or not scalars or not lines.append({"step": step, **finite}):
             return
-        for name, value in finite.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step)
+        self._events.write(step, {name: value for name, value in finite.items() if value is not None})
 
     def close(self) -> None:
         for each in (self._metrics, self._timings, self._events):

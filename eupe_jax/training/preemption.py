@@ -1,109 +1,204 @@
-"""What a run does when its machine is taken away: leave in time, with nothing lost, and say that it wants to go on.
+"""What a run does when its machine, or that of another process, is taken away: leave in time, with nothing lost, and
+say that it wants to go on.
 
-The notice is SIGTERM, on one host as on many; where several hosts train together, JAX's preemption service hears it on
-any of them and makes all of them stop after the same step. Python runs signal handlers between two lines of the main
-thread, so one that comes while XLA compiles would wait for minutes: a thread is woken by it instead.
+The notice is SIGTERM. Python runs signal handlers between two lines of the main thread, so one that comes while XLA
+compiles would wait for minutes: a thread is woken by it instead. Where several processes train together, JAX's
+preemption service has a handler of its own; it tells all of them, and makes them stop after the same step.
 """
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import TracebackType
 
-import jax
-from jax.experimental.multihost_utils import reached_preemption_sync_point
+# JAX is imported where it is asked: commands that do without it listen too, and from the start.
 
 LOGGER = logging.getLogger(__name__)
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h, "run the same command again"
 GRACE_SECONDS = 25.0  # clouds give 30
+EAR_SECONDS = 0.5  # how often a process asks whether another one was told
+# A process that leaves while others wait for it in a collective makes them fail. They are all told within a second or
+# two; the first process keeps the service that tells them, so it goes last.
+LINGER_SECONDS, LINGER_SECONDS_FIRST = 1.5, 3.0
+# Where JAX 0.10's preemption service (XLA's preemption_sync_manager.cc) notes that one of the processes was told.
+NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
+
+# How JAX's errors read when the process at the other end is gone.
+_LOST = re.compile(
+    r"Gloo \w+ failed|connection (was )?(closed|reset|refused)|socket closed|heartbeat|coordination service|"
+    r"barrier (failed|timed out)|broken pipe|task .*(died|crashed|unhealthy)",
+    re.IGNORECASE,
+)
+
+
+class Preempted(Exception):
+    """The run was told to leave, and all of it is saved: the same command resumes it."""
 
 
 class Preemption:
-    """Watches for the notice while it is open (main thread only).
+    """Listens for the notice while it is open (main thread only; one that was never opened hears nothing).
 
-    The training loop asks `requested` after every step, saves and leaves. Where nothing can be lost
-    (`nothing_to_save`), and where the loop has not come by within the grace period, the process ends at once with
-    status `RESUME_ME`.
+    Unless something is to be saved, the process ends at once with status `RESUME_ME`: whatever it does is done again,
+    or gone on with, when the command is run again. Within `something_to_save` it has until the end of the grace
+    period: the training loop asks `requested` after every step, saves, and raises `Preempted`.
+
+    With several processes, an error that follows from the end of another one ends this one with `RESUME_ME` as well.
     """
 
     def __init__(self, grace: float = GRACE_SECONDS, leave: Callable[[int], None] = os._exit) -> None:
         """grace: seconds from the notice to the end. leave: how to end the process, at once and from any thread."""
         self._grace, self._leave = grace, leave
         self._noticed: float | None = None
-        self._nothing_to_save = False
+        self._to_save = False
+        self._linger = 0.0  # seconds from the notice to leaving with nothing to save
+        self._joined = False  # with jax.distributed, whose service then hears SIGTERM
         self._changed = threading.Condition()
         self._closed = False
+        self._ear: threading.Thread | None = None
 
     def __enter__(self) -> "Preemption":
-        # Several processes: JAX's service has its own handler of SIGTERM, which ours would replace.
-        self._own = jax.process_count() == 1
-        if self._own:
-            self._read, self._write = os.pipe()
-            os.set_blocking(self._write, False)
-            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)  # wakes the thread below, by the pipe
-            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._listener = threading.Thread(target=self._listen, name="preemption notice", daemon=True)
-            self._listener.start()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)  # wakes the thread below, by the pipe
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="preemption notice", daemon=True)
+        self._listener.start()
         self._leaver = threading.Thread(target=self._leave_in_time, name="preemption exit", daemon=True)
         self._leaver.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def joined(self) -> None:
+        """To be called after `jax.distributed.initialize`: each process now hears of a notice that any of them got."""
+        from jax._src.distributed import global_state
+
+        self._joined, others = True, global_state.num_processes > 1
+        if others:
+            self._linger = LINGER_SECONDS if global_state.process_id else LINGER_SECONDS_FIRST
+        self._ear = threading.Thread(target=self._hear, name="preemption of others", daemon=True)
+        self._ear.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._joined and isinstance(error, Exception) and not isinstance(error, Preempted):
+            self._leave_if_others_did(error)
         with self._changed:
-            self._closed = True
+            self._closed = not (self._joined and self._noticed)  # else it still sees to it that leaving takes no longer
             self._changed.notify_all()
-        self._leaver.join()
-        if self._own:
-            signal.set_wakeup_fd(self._wakeup)
+        if self._closed:
+            self._leaver.join()
+        if self._ear is not None:
+            self._ear.join()
+        signal.set_wakeup_fd(self._wakeup)
+        if not self._joined:  # JAX's own handler is to stay: what it told the others is under way
             signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
-            os.close(self._write)  # ends the listener
-            self._listener.join()
-            os.close(self._read)
+        os.close(self._write)  # ends the listener
+        self._listener.join()
+        os.close(self._read)
 
     def requested(self, step: int) -> bool:
         """Whether to save and leave now, after `step` steps; all hosts give the same answer at the same step."""
-        if self._own:
+        if not self._joined:
             return self._noticed is not None
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
         if reached_preemption_sync_point(step):
             self._notice()
             return True
         return False
 
     @contextlib.contextmanager
+    def something_to_save(self) -> Iterator[None]:
+        """Around the training loop, whose steps would be lost; once it is left by `Preempted`, until the end, so that
+        all is closed in peace."""
+        before, leaving = self._set_to_save(True), False
+        try:
+            yield
+        except Preempted:
+            leaving = True
+            raise
+        finally:
+            if not leaving:
+                self._set_to_save(before)
+
+    @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """Around what is done again from the start when the run resumes: statistics, compilation, an evaluation."""
-        with self._changed:
-            before, self._nothing_to_save = self._nothing_to_save, True
-            self._changed.notify_all()
+        """Around what the loop does with all steps saved, and does again when the run resumes: an evaluation."""
+        before = self._set_to_save(False)
         try:
             yield
         finally:
-            with self._changed:
-                self._nothing_to_save = before
+            self._set_to_save(before)
+
+    def _set_to_save(self, value: bool) -> bool:
+        """Returns what it was before."""
+        with self._changed:
+            before, self._to_save = self._to_save, value
+            self._changed.notify_all()
+        return before
 
     def _listen(self) -> None:
         while data := os.read(self._read, 64):
             if signal.SIGTERM in data:
                 self._notice()
 
+    def _hear(self) -> None:
+        from jax._src.distributed import global_state  # there is no public way to the service's keys
+        from jax.errors import JaxRuntimeError
+
+        while not self._noticed:
+            with contextlib.suppress(JaxRuntimeError):  # not found, or the service is gone: JAX itself sees to that
+                global_state.client.key_value_try_get(NOTICE_KEY)
+                self._notice()
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, EAR_SECONDS):
+                    return
+
     def _notice(self) -> None:
         with self._changed:
             if self._noticed is None:
                 self._noticed = time.monotonic()
-                LOGGER.warning("this machine is being taken away: saving and leaving within %g s", self._grace)
+                LOGGER.warning("this machine is being taken away: leaving within %g s", self._grace)
                 self._changed.notify_all()
 
     def _leave_in_time(self) -> None:
         with self._changed:
             while not self._closed:
-                left = None if self._noticed is None else self._noticed + self._grace - time.monotonic()
-                if left is not None and (self._nothing_to_save or left <= 0):
-                    why = "nothing is to be saved now" if left > 0 else "the grace period is over"
-                    LOGGER.warning("%s: leaving with status %d, run the same command again to go on", why, RESUME_ME)
+                left = self._left()
+                if left is not None and left <= 0:
+                    why = "the grace period is over" if self._to_save else "nothing is to be saved now"
+                    LOGGER.warning("%s: status %d, run the same command again to go on", why, RESUME_ME)
                     self._leave(RESUME_ME)
                     return
                 self._changed.wait(left)
+
+    def _left(self) -> float | None:
+        """Seconds until this process ends; None while it has not been told to."""
+        if self._noticed is None:
+            return None
+        return self._noticed + (self._grace if self._to_save else min(self._linger, self._grace)) - time.monotonic()
+
+    def _leave_if_others_did(self, error: Exception) -> None:
+        if self._noticed is None and not is_lost(error):
+            return
+        why = "the others have left" if self._noticed else "another process of this run has ended or is out of reach"
+        LOGGER.error(
+            "%s (%s): status %d, run the same command again on all hosts to go on from the last checkpoint",
+            why, " ".join(str(error).split())[:300], RESUME_ME,
+        )  # fmt: skip
+        self._leave(RESUME_ME)  # at once: JAX would wait at its end for those that are gone
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether JAX raised this because another process has gone."""
+    while error is not None:
+        if isinstance(error, ValueError | RuntimeError) and _LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

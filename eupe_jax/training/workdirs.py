@@ -1,0 +1,99 @@
+"""The folder of a run: whether what it holds is this run, and how it is cleared for another one without losing it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from ml_collections import ConfigDict
+
+LOGGER = logging.getLogger(__name__)
+
+CONFIG, DATA = "config.json", "data.json"
+
+# Fields that change what is computed by rounding at most: a resumed run may differ in them; "*" is any name. The GELU
+# of teachers is none of them, because it moves the targets: the config of a run says which it began with, never "auto".
+FREE_FIELDS = (
+    "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
+    "faults.max_skipped", "faults.fingerprint_every", "faults.stall_factor",
+    "accumulate", "compute.attention", "compute.async_collectives", "students.*.remat", "*.overrides.remat",
+    "*.overrides.scan_unroll", "*.overrides.depthwise",
+)  # fmt: skip
+
+# What a run writes, in the order in which it is set aside: a run that still has its checkpoints is whole without the
+# rest, and its config, which says that there is one, goes last. Compiled programs serve any run.
+OF_A_RUN = (
+    "profile", "tensorboard", "evals", "timings.jsonl", "metrics.jsonl", "bad_steps.jsonl", "damaged", "statistics",
+    "best.json", "checkpoints", DATA, CONFIG,
+)  # fmt: skip
+
+
+def check(workdir: epath.Path, config: ConfigDict) -> None:
+    """Refuses a workdir that holds a run of another config.
+
+    Raises:
+      ValueError: lists every field that differs; its note lists those that may.
+    """
+    path = workdir / CONFIG
+    if path.exists():
+        wanted = json.loads(json.dumps(config.to_dict()))
+        differences = list(_differences(json.loads(path.read_text()), wanted))
+        if differences:
+            error = ValueError(
+                f"{workdir} holds a run of another config; choose another workdir, start over with --fresh, or go back "
+                "to: " + "; ".join(f"{field}={old!r} (now {new!r})" for field, old, new in differences)
+            )
+            error.add_note(f"fields that a resumed run may change: {', '.join(FREE_FIELDS)}")
+            raise error
+
+
+def check_data(workdir: epath.Path, facts: Mapping[str, Mapping]) -> None:
+    """Refuses data that another host, or the run in this workdir so far, does not see: another number of records is
+    another order.
+
+    Raises:
+      ValueError: names the hosts, or the sources and what changed.
+    """
+    digest = np.frombuffer(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
+    hosts = process_allgather(digest).reshape(-1, digest.size)
+    if others := np.flatnonzero(np.any(hosts != hosts[0], axis=1)).tolist():
+        raise ValueError(f"hosts {others} see other data than host 0: give all hosts the same files; here: {facts}")
+    path = workdir / DATA
+    if path.exists() and (differences := list(_differences(json.loads(path.read_text()), facts, "data."))):
+        raise ValueError(
+            f"{workdir} holds a run on other data: bring it back, or choose another workdir: "
+            + "; ".join(f"{field} was {old!r}, not {new!r}" for field, old, new in differences)
+        )
+
+
+def _differences(old: object, new: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    if any(fnmatchcase(prefix.rstrip("."), free) for free in FREE_FIELDS):
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix.rstrip("."), old, new
+
+
+def set_aside(workdir: epath.Path) -> epath.Path | None:
+    """Moves the run that `workdir` holds, if any, into `workdir/old.N`; all processes must call it, the first moves.
+
+    Returns:
+      The folder that it is in now, on the first process.
+    """
+    old = None
+    if jax.process_index() == 0 and (there := [name for name in OF_A_RUN if (workdir / name).exists()]):
+        numbers = [int(p.name[4:]) for p in workdir.iterdir() if p.name.startswith("old.") and p.name[4:].isdigit()]
+        old = workdir / f"old.{max(numbers, default=-1) + 1}"
+        old.mkdir()
+        for name in there:
+            (workdir / name).rename(old / name)
+        LOGGER.warning("the run that %s held is in %s now; to resume the new one, leave --fresh out", workdir, old)
+    sync_global_devices("workdir cleared")
+    return old
