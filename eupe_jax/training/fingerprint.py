@@ -13,20 +13,22 @@ import jax.numpy as jnp
 from eupe_jax.sharding.rules import path_name
 
 
+def digest(x: jax.Array) -> jax.Array:
+    """uint32 []: of every bit of an array and where it stands; types of 1, 2 and 4 bytes."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    # mix value and position so that permuted or shifted weights differ (constants: MurmurHash3's finaliser)
+    h = bits ^ (position * jnp.uint32(0x9E3779B1))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
 @jax.jit
 def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
-    def digest(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        position = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        # mix value and position so that permuted or shifted weights differ (constants: MurmurHash3's finaliser)
-        h = bits ^ (position * jnp.uint32(0x9E3779B1))
-        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
     return [digest(leaf) for leaf in leaves]
 
 
