@@ -60,18 +60,22 @@ class Checkpoints:
         self.damaged = absolute(workdir) / "damaged"
         self._save_every = config.save_every
         self._saving, self._pending = -1, False
-        kept = [checkpoint_managers.LatestN(config.keep)]
+        self._kept = [checkpoint_managers.LatestN(config.keep)]
         if config.keep_every:
-            kept.append(checkpoint_managers.EveryNSteps(config.keep_every))
+            self._kept.append(checkpoint_managers.EveryNSteps(config.keep_every))
         self._best = Best(absolute(workdir) / "best.json", config) if config.get("keep_best") else None
         if self._best:
-            kept.append(self._best)
-        self._manager = ocp.CheckpointManager(
+            self._kept.append(self._best)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._kept),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,  # of saves that a kill or a full disk cut short
+                lightweight_initialize=True,  # steps are told by their names: no clock is asked, nor believed
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -201,7 +205,8 @@ class Checkpoints:
             taken = sum(p.name.split(".")[0] == str(step) for p in self.damaged.iterdir())
             (self.directory / str(step)).rename(self.damaged / (f"{step}.{taken}" if taken else str(step)))
         sync_global_devices(f"checkpoint {step} put aside")
-        self._manager.reload()
+        self._manager.close()
+        self._manager = self._open()
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.

@@ -112,6 +112,8 @@ def _without_times(step: epath.Path) -> dict | None:
     """What Orbax notes of the step, without when: that changes once more when it commits."""
     try:
         noted = json.loads((step / STEP_METADATA).read_text())
+        if not all(isinstance(noted.get(key), int | None) for key in TIMESTAMPS):
+            return None
         return {key: value for key, value in noted.items() if key not in TIMESTAMPS}
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
