@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from eupe_jax.distill.teachers import Teacher
 from eupe_jax.files import write_whole
 from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import assemble, best, kernels, pipeline, program, summary, workdirs
+from eupe_jax.training import assemble, best, diagnosis, kernels, pipeline, program, summary, workdirs
 from eupe_jax.training.checkpoints import Checkpoints, abstract, read_manifest
 from eupe_jax.training.distributed import is_main
+from eupe_jax.training.health import Diverged, Health
 from eupe_jax.training.mesh_check import check_mesh
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics
 from eupe_jax.training.model_flops import step_flops
@@ -142,6 +143,7 @@ def _train(
         write_whole(workdir / workdirs.DATA, json.dumps(data.facts, indent=2))
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
+    health = Health(workdir, config, data.describe, enabled=is_main())
     running = RunningMetrics(read_manifest(saver.directory / str(start)).get(SINCE_LOG) if start else None)
     writer = MetricWriter(workdir, resume_step=start, enabled=is_main())
     for each in (profiler, writer):
@@ -170,6 +172,7 @@ def _train(
             # what the next step would log: a run that is killed once this one is saved would lose the line
             log(step, final=True)
         with timing.part("save"), watchdog.paused():
+            health.check(final=True)
             running.count(batches.broken(before=step))
             unlogged = {SINCE_LOG: running.unlogged()}
             saver.save(step, state, statistics_arrays, teachers.chains, manifest | unlogged, force=True)
@@ -183,8 +186,13 @@ def _train(
                 writer.write(step, scalars)
                 saver.note(step, scalars)
 
+    def first_not_finite(step: int) -> str:
+        with watchdog.paused(), contextlib.closing(data.batches(teachers.hosts, mesh, start_step=step)) as again:
+            return diagnosis.first_not_finite(config, state, step, next(again), teachers, placed_statistics, mesh)
+
     if start:  # what was due at the step this run resumes from, and may have been killed
         evaluate(evals_due(evals, start, config.total_steps), start)
+    opened.enter_context(_diagnosed(first_not_finite))
     opened.enter_context(preemption.something_to_save())
     for step in range(start, end):
         chosen, done = drawn(config, step), step + 1
@@ -195,8 +203,10 @@ def _train(
             batch = next(batches)
         with timing.part("dispatch"), profiler.step(done):
             state, metrics = steps[chosen](state, batch, teachers.variables, placed_statistics)
+        health.add(step, metrics)
         with timing.part("wait"):
             running.add(metrics)
+            health.check()
         if step > start and step % config.log_every == 0:
             log(step)
         timing.step(chosen)
@@ -218,6 +228,20 @@ def _train(
         if due:
             evaluate(due, done)
     return state
+
+
+@contextlib.contextmanager
+def _diagnosed(first_not_finite: Callable[[int], str]) -> Iterator[None]:
+    """Adds to `Diverged` what was not finite first, where that can be found out."""
+    try:
+        yield
+    except Diverged as error:
+        try:
+            words = first_not_finite(error.step)
+        except Exception as another:  # it takes more memory than a step: nothing of it may hide the error
+            LOGGER.warning("what was not finite first is unknown: %s: %s", type(another).__name__, another)
+            raise error from None
+        raise Diverged(f"{error}; first: {words}", error.step, error.students) from None
 
 
 def _close_at_end(opened: contextlib.ExitStack, each: Any) -> None:

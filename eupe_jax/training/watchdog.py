@@ -2,6 +2,9 @@
 
 import contextlib
 import logging
+import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import threading
@@ -9,6 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
 LOGGER = logging.getLogger(__name__)
 
@@ -22,7 +26,7 @@ class Watchdog:
     """Reports a step that takes `factor` times the median of recent ones, with the stack of every thread.
 
     It reports again whenever the stall has doubled, and when it is over. It ends nothing: a bucket that answers again
-    after minutes is no reason to lose a run.
+    after minutes is no reason to lose a run. A factor of 0 reports nothing.
     """
 
     def __init__(self, factor: float = FACTOR, least_seconds: float = LEAST_SECONDS) -> None:
@@ -69,7 +73,7 @@ class Watchdog:
     @property
     def limit(self) -> float | None:
         """Seconds after which a step is reported; None while too few steps are known."""
-        if len(self._recent) < ENOUGH:
+        if len(self._recent) < ENOUGH or not self._factor:
             return None
         return max(self._factor * statistics.median(self._recent), self._least)
 
@@ -88,6 +92,7 @@ class Watchdog:
                     "step %d has taken %.1f s so far, the median is %.2f s; what the threads are doing:\n%s",
                     self._step + 1, self._reported, statistics.median(self._recent), stacks(),
                 )  # fmt: skip
+                ask_workers()
 
 
 def stacks() -> str:
@@ -101,3 +106,14 @@ def stacks() -> str:
         name = threads[ident].name if ident in threads else str(ident)
         parts.append(f"-- {name}\n{''.join(traceback.format_stack(frame))}")
     return "".join(parts)
+
+
+def ask_workers() -> None:
+    """Has the worker processes of this one print their stacks on stderr: those that take SIGUSR1 (Linux can tell)."""
+    for worker in multiprocessing.active_children():
+        with contextlib.suppress(OSError):  # it has ended, or this is no Linux
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+            if int(caught, 16) >> (signal.SIGUSR1 - 1) & 1:  # it would end any other
+                LOGGER.warning("what worker process %d is doing:", worker.pid)
+                os.kill(worker.pid, signal.SIGUSR1)

@@ -1,10 +1,12 @@
 """A step that takes far longer than usual is reported, with what every thread is doing."""
 
 import logging
+import multiprocessing
 import threading
 import time
 
-from eupe_jax.training.watchdog import ENOUGH, Watchdog
+from eupe_jax.data.processes import end_with_parent
+from eupe_jax.training.watchdog import ENOUGH, Watchdog, ask_workers
 
 
 def reports(caplog):
@@ -43,3 +45,30 @@ def test_neither_first_steps_nor_pauses_nor_steady_ones_are_stalls(caplog):
         watchdog.stepped(ENOUGH + 3)
         time.sleep(0.01)
     assert not reports(caplog)
+
+
+def stuck_in_a_bucket(started, release, listens):
+    if listens:
+        end_with_parent()
+    started.set()
+    release.wait(60)
+
+
+def test_workers_that_can_print_their_stacks_and_no_others_are_harmed(capfd, caplog):
+    context = multiprocessing.get_context("spawn")
+    release, workers = context.Event(), []
+    for listens in (True, False):
+        started = context.Event()
+        workers.append(context.Process(target=stuck_in_a_bucket, args=(started, release, listens)))
+        workers[-1].start()
+        assert started.wait(60)
+    ask_workers()
+    end, printed = time.monotonic() + 20, ""
+    while "stuck_in_a_bucket" not in printed and time.monotonic() < end:
+        time.sleep(0.02)
+        printed += capfd.readouterr().err
+    release.set()
+    for worker in workers:
+        worker.join(20)
+    assert "stuck_in_a_bucket" in printed and [worker.exitcode for worker in workers] == [0, 0]
+    assert [str(workers[0].pid) in record.getMessage() for record in caplog.records] == [True]
