@@ -3,7 +3,7 @@
 Tactics, for a kernel of [..., inputs, outputs] (stacked layers come first and are never cut: a loop over layers would
 gather them all):
 
-    fsdp       inputs over `fsdp`, or else outputs; devices gather the kernel where it is used
+    fsdp       inputs over `fsdp`, or else outputs in narrow shards; devices gather the kernel where it is used
     column     outputs over `tensor`, each device computing its own; inputs over `fsdp`
     row        inputs over `tensor`, which the outputs are summed over; outputs over `fsdp`
     joint      queries, keys and values in one kernel, always gathered where it is used. Inputs over `fsdp`: a step may
@@ -14,8 +14,8 @@ gather them all):
 Two things were learnt from programs compiled for v5e, v5p and v6e. What an axis is cut into must be whole tiles of 8
 rows: a shard of 12 rows is padded to 16 on the network, and taking the padding out again is a chain of copies and
 permutes between neighbours (32 for one reduce-scatter over 128 chips). A kernel without such an axis stays whole. And
-inputs come first: gradients cut on their outputs into whole lanes (multiples of 128) are summed whole on v5p, in an
-all-reduce, and cut afterwards.
+inputs come first: gradients cut on their outputs into shards of a row of lanes (128) or more are summed whole, in an
+all-reduce, and cut afterwards. Where only such outputs are left, inputs are few and the kernel small: it stays whole.
 
 An axis over every chip of a slice is another trap, which no rule here can avoid: on whole tori the compiler makes each
 all-gather an all-reduce of the whole weight, whatever the shards. Leave `data` at least two in each slice.
@@ -46,6 +46,7 @@ TACTICS = ("fsdp", "column", "row", "joint", "replicate")
 
 MIN_ELEMENTS = 2**14  # below this a shard is smaller than what a collective costs
 TILE = 8
+LANES = 128
 
 
 def path_name(path: tuple) -> str:
@@ -69,10 +70,10 @@ def _cut(shape: tuple[int, ...], tactic: str, sizes: Mapping[str, int]) -> Parti
     tensor = {"column": outputs, "row": inputs}.get(tactic)
     if tensor is not None and fits(tensor, "tensor"):
         cut[tensor] = "tensor"
-    for axis in (inputs, outputs):
-        if cut[axis] is None and fits(axis, "fsdp"):
-            cut[axis] = "fsdp"
-            break
+    if cut[inputs] is None and fits(inputs, "fsdp"):
+        cut[inputs] = "fsdp"
+    elif cut[outputs] is None and fits(outputs, "fsdp") and (cut[inputs] or shape[outputs] // sizes["fsdp"] < LANES):
+        cut[outputs] = "fsdp"
     return PartitionSpec(*[None] * inputs, *cut.values()) if any(cut.values()) else PartitionSpec()
 
 

@@ -22,7 +22,9 @@ def test_shards_are_whole_tiles_of_inputs_before_outputs():
     mesh = make_mesh(fsdp=8)
     # 192 / 8 = 24 rows are three tiles, 96 / 8 = 12 are one and a half
     assert spec_for("x/kernel", (192, 4096), mesh) == P("fsdp", None)
-    assert spec_for("x/kernel", (96, 4096), mesh) == P(None, "fsdp")
+    assert spec_for("x/kernel", (96, 512), mesh) == P(None, "fsdp")
+    # gradients of shards of 128 columns and more would be summed whole
+    assert spec_for("x/kernel", (96, 1024), mesh) == P()
     assert spec_for("x/kernel", (1001, 96), mesh) == P()
     # layers are never cut, nor are convolutions
     assert spec_for("blocks/x/kernel", (4096, 20, 20), mesh) == P()
