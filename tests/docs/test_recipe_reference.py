@@ -25,7 +25,11 @@ TEMPLATES = {
     "evals": (common.evaluation(REQUIRED, REQUIRED, 0),),
 }
 # Fields without a default of their own: arguments that must be given.
-GIVEN = {"teachers.NAME.resolutions": REQUIRED, "evals.NAME.every": REQUIRED, "teachers.NAME.kind": "set by the function"}
+GIVEN = {
+    "teachers.NAME.resolutions": REQUIRED,
+    "evals.NAME.every": REQUIRED,
+    "teachers.NAME.kind": "set by the function",
+}
 
 
 def fields(config: ConfigDict, prefix: str = "") -> dict:
@@ -85,7 +89,9 @@ def set_by(config: ConfigDict) -> dict:
         if known.get(template, REQUIRED) == value and template not in GIVEN:
             continue
         shown = template if template.startswith("students.") else name
-        assert changed.setdefault(shown, value) == value, f"students of one recipe differ in {shown}: say so in the page"
+        assert changed.setdefault(shown, value) == value, (
+            f"students of one recipe differ in {shown}: say so in the page"
+        )
     return changed
 
 
@@ -116,7 +122,7 @@ def test_every_default():
 
 @pytest.mark.parametrize("name", recipes())
 def test_what_a_recipe_sets(name):
-    for columns, rows in recipe_tables():
+    for columns, rows in recipe_tables():  # noqa: B007 (used after the loop)
         if found := [i for pattern, i in columns.items() if fnmatch.fnmatch(name, pattern)]:
             break
     else:
