@@ -18,6 +18,7 @@ from eupe_jax.distill.adapters import AdapterBank
 from eupe_jax.distill.losses import cosine_loss, patch_losses
 from eupe_jax.distill.normalization import normalize_tokens
 from eupe_jax.distill.resolutions import Resolutions
+from eupe_jax.distill.spikes import is_spike
 from eupe_jax.distill.teachers import Teacher, view
 from eupe_jax.sharding.activations import pinned
 from eupe_jax.sharding.mesh import BATCH_AXES
@@ -112,6 +113,7 @@ def make_step(
     shuffle_targets: bool = False,
     accumulate: int = 1,
     per_pair: bool = False,
+    spike_factor: float = 0.0,
     mesh: Mesh | None = None,
 ) -> Callable:
     """The step function for one choice of resolutions, to be jitted by the caller.
@@ -123,6 +125,8 @@ def make_step(
       accumulate: micro-batches that the batch is cut into, one after the other through teachers and students. Losses
         are means over images, so the mean of their gradients is the gradient of the whole, within rounding.
       per_pair: log losses under the name of `resolutions` as well; the average of a run's steps then is one a pair.
+      spike_factor: more than 0, and the students' optimisers keep a `spikes.average_norm`: a step whose gradient's norm
+        is so many times that average, or whose loss is not finite, is not applied either.
       mesh: devices the batch and the parameters are cut over; None on a single device.
 
     Returns:
@@ -189,12 +193,19 @@ def make_step(
         whole = {k: v for k, v in batch.items() if k in ("image", "features")} | {"position": positions}
         gradients, metrics = _mean_over_parts(gradients_of, whole, accumulate, mesh)
 
+        def is_sound(name: str, norm: jax.Array) -> jax.Array:
+            finite = jnp.isfinite(norm)
+            if not spike_factor:
+                return finite
+            finite &= jnp.isfinite(metrics[f"{name}/loss"])
+            return finite & ~is_spike(state["students"][name]["optimizer"], norm, spike_factor)
+
         new_students = {}
         for name, student in students.items():
             norm = optax.tree.norm(gradients[name])
-            new_students[name] = _update(student, state["students"][name], gradients[name], jnp.isfinite(norm))
+            new_students[name] = _update(student, state["students"][name], gradients[name], is_sound(name, norm))
             metrics[f"{name}/grad_norm"] = norm
-            metrics[f"{name}/skipped"] = 1.0 - jnp.isfinite(norm).astype(jnp.float32)
+            metrics[f"{name}/skipped"] = 1.0 - is_sound(name, norm).astype(jnp.float32)
             if per_pair:
                 metrics[f"pair/{resolutions}/{name}/loss"] = metrics[f"{name}/loss"]
         return {"step": state["step"] + 1, "students": new_students}, metrics
@@ -202,8 +213,8 @@ def make_step(
     return step
 
 
-def _update(student: Student, old: Mapping, gradients: Any, finite: jax.Array) -> dict:
-    """The student after one step of its optimiser, or as it was where its gradients are not `finite`.
+def _update(student: Student, old: Mapping, gradients: Any, sound: jax.Array) -> dict:
+    """The student after one step of its optimiser, or as it was where its gradients are not `sound`.
 
     Only the schedule counts every step, so that its rate is that of the run's step, for all students alike; Adam counts
     the gradients it has seen, which is what its bias correction needs.
@@ -212,7 +223,7 @@ def _update(student: Student, old: Mapping, gradients: Any, finite: jax.Array) -
     new = {"params": optax.apply_updates(old["params"], updates), "optimizer": optimizer}
     kept = {name: old[name] for name in new}
     counts = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
-    chosen = jax.tree.map(lambda a, b: a if counts(a) else jnp.where(finite, a, b), new, kept, is_leaf=counts)
+    chosen = jax.tree.map(lambda a, b: a if counts(a) else jnp.where(sound, a, b), new, kept, is_leaf=counts)
     return chosen | {"buffers": old["buffers"]}
 
 

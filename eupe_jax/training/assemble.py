@@ -235,7 +235,9 @@ def make_students(
                 config.adapter.hidden_dim, {t: teacher.out_dims for t, teacher in teachers.items()},
                 config.adapter.eps, dtype,
             ),
-            optimizer=make_optimizer(config.optimizer, config.batch_size, config.total_steps),
+            optimizer=make_optimizer(
+                config.optimizer, config.batch_size, config.total_steps, spike_factor=config.faults.spike_factor
+            ),
             mean=spec.mean,
             std=spec.std,
         )

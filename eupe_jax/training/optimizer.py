@@ -10,6 +10,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from eupe_jax.distill.spikes import average_norm
 from eupe_jax.sharding.rules import path_name
 
 LR_SCALINGS = {
@@ -54,10 +55,15 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith("/kernel"), params)
 
 
-def make_optimizer(config: ConfigDict, batch_size: int, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser of one student. `clip_norm` <= 0 switches clipping off."""
+def make_optimizer(
+    config: ConfigDict, batch_size: int, total_steps: int, *, spike_factor: float = 0.0
+) -> optax.GradientTransformation:
+    """The optimiser of one student. `clip_norm` <= 0 switches clipping off. `spike_factor`: as `distill.step.make_step`
+    takes it; its state holds what that needs."""
+    average = [average_norm()] if spike_factor > 0 else []
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     return optax.chain(
+        *average,
         *clip,
         optax.adamw(
             make_schedule(config, batch_size, total_steps),

@@ -270,6 +270,7 @@ def make_step(
         shuffle_targets=config.loss.shuffle_targets,
         accumulate=config.accumulate,
         per_pair=len(every_pair(config)) > 1,
+        spike_factor=config.faults.spike_factor,
         mesh=mesh,
     )
 
