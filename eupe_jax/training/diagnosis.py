@@ -50,15 +50,32 @@ def first_not_finite(
       statistics: {teacher: {"mean": {kind: [D]}, "std": {kind: [D]}}}.
     """
     with pinned(mesh):
-        found = next(_Step(config, state, step, batch, teachers, statistics, mesh).findings(), None)
+        found = next(_Step(config, state, step, batch, teachers, statistics, mesh, watch=True).findings(), None)
     return found or (
         f"every value of step {step} is finite when it is computed again: if its gradients were too large "
         "(faults.spike_factor), that is all; if they were not finite, suspect a device or its memory"
     )
 
 
+def gradient_norms(
+    config: ConfigDict,
+    state: Mapping,
+    step: int,
+    batch: Mapping,
+    teachers: assemble.Teachers,
+    statistics: Mapping,
+    mesh: Mesh,
+) -> dict[str, dict[str, float]]:
+    """{student: {parameter: norm of its gradient}} of a step, before clipping; arguments as `first_not_finite`'s."""
+    with pinned(mesh):
+        taken = _Step(config, state, step, batch, teachers, statistics, mesh, watch=False)
+        for _ in taken.findings():
+            pass
+        return taken.norms()
+
+
 class _Step:
-    """One step, taken apart; see `first_not_finite`."""
+    """One step, taken apart; see `first_not_finite`. `watch`: whether places are looked for, not only parts."""
 
     def __init__(
         self,
@@ -69,6 +86,8 @@ class _Step:
         teachers: assemble.Teachers,
         statistics: Mapping,
         mesh: Mesh,
+        *,
+        watch: bool,
     ) -> None:
         self._config, self._state, self._number, self._batch = config, state, step, batch
         self._teachers, self._statistics, self._mesh = teachers, statistics, mesh
@@ -76,7 +95,9 @@ class _Step:
         self._chosen = resolutions.choose(config.seed, step, config.student_resolutions, sizes)
         self._students = assemble.make_students(config, teachers.by_name, mesh)
         self._augment = pipeline.device_augment(config, teachers.by_name)
-        self._watched: dict[str, tuple[Watched, Any]] = {}  # compiled once for all micro-batches
+        self._watch_places = watch
+        self._compiled: dict[str, tuple[Watched | None, Any]] = {}  # once for all micro-batches
+        self._gradients: dict[str, Any] = {}  # of each student, summed over micro-batches
 
     def findings(self) -> Iterator[str]:
         """What is not finite, in the order of computation."""
@@ -158,7 +179,9 @@ class _Step:
                 yield f"student {name!r}: {what} ({in_words(names)}){_first_in(place)}"
         if names := bad_leaves(gradients, self._mesh):
             yield f"student {name!r}: gradients of {in_words(names)}{_first_in(place)}"
-        norms = {path: float(norm) for path, norm in self._fetch(jax.jit(leaf_norms)(gradients)).items()}
+        before = self._gradients.get(name)
+        self._gradients[name] = gradients if before is None else jax.tree.map(jnp.add, before, gradients)
+        norms = self.norms()[name]
         if not np.isfinite(np.linalg.norm(np.float32(list(norms.values())))):
             largest = sorted(norms, key=norms.get, reverse=True)
             yield f"student {name!r}: the norm of its finite gradients is not; the largest are of {in_words(largest)}"
@@ -169,12 +192,22 @@ class _Step:
 
     def _watch(self, part: str, function: Any, *args: Any) -> tuple[Any, tuple | None]:
         """What `function` gives, and its first place to blame."""
-        if part not in self._watched:
-            watched = Watched(function)
-            self._watched[part] = (watched, jax.jit(watched))
-        watched, run = self._watched[part]
+        if part not in self._compiled:
+            watched = Watched(function) if self._watch_places else None
+            self._compiled[part] = (watched, jax.jit(watched or function))
+        watched, run = self._compiled[part]
+        if watched is None:
+            return run(*args), None
         outputs, flags = run(*args)
         return outputs, watched.first(self._fetch(flags))
+
+    def norms(self) -> dict[str, dict[str, float]]:
+        """Of the gradients of the micro-batches seen."""
+        found = {}
+        for name, gradients in self._gradients.items():
+            mean = jax.tree.map(lambda x: x / self._config.accumulate, gradients)
+            found[name] = {path: float(norm) for path, norm in self._fetch(jax.jit(leaf_norms)(mean)).items()}
+        return found
 
     def _images(self, tokens: Mapping[str, jax.Array], places: np.ndarray) -> str:
         """Which tokens of which images are not finite, as a phrase; empty where all are finite."""
