@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from eupe_jax.data.decode import FORMATS
 from eupe_jax.training.encoders import LoadedEncoder
 
 FLAX_VS_TORCH = 1e-4
@@ -48,7 +49,7 @@ def load_images(folder: str | Path | None, height: int, width: int, limit: int =
     images = []
     for path in paths[:limit]:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 images.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
             raise ValueError(f"{path} cannot be read as an image: {e}") from None

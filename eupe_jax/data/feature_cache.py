@@ -21,7 +21,7 @@ from tqdm import tqdm
 from eupe_jax.data.feature_codec import decode_features, unpack_arrays
 from eupe_jax.data.order import hash_words, record_index
 from eupe_jax.data.sources import riegeli, storage
-from eupe_jax.data.sources.base import RecordError
+from eupe_jax.data.sources.base import RecordError, is_plain_name
 from eupe_jax.data.teacher_stage import Background
 from eupe_jax.distill.teacher_spec import TeacherSpec
 from eupe_jax.hashing import sha256_file
@@ -41,12 +41,18 @@ def read_manifest(path: Path) -> dict:
             content["recipe"].keys(), content["chains"].keys()
             if not all(isinstance(shard[k], kind) for shard in content["shards"] for k, kind in _SHARD_FIELDS.items()):
                 raise TypeError("its list of shards is damaged")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if outside := [name for name in _file_names(content) if not is_plain_name(name)]:
+                raise ValueError(f"it names {outside[0]!r}, which is no file of its folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         wrong = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: no manifest of a feature cache ({wrong}): remove it and build again") from None
     if held != FORMAT:
         raise ValueError(f"{path}: a feature cache of format {held}, not {FORMAT}: remove it and build again")
     return content
+
+
+def _file_names(manifest: Mapping) -> list[str]:
+    return [shard["file"] for shard in manifest["shards"]] + [f"chain-{name}" for name in manifest["chains"]]
 
 
 def _spec(facts: dict) -> TeacherSpec:
@@ -98,7 +104,7 @@ class FeatureCache:
         self._layout = self._shapes(recipe["host"]["size"])
 
     def _file(self, shard: Mapping) -> storage.File:
-        path = self.folder / os.path.basename(shard["file"])
+        path = self.folder / shard["file"]
         cure = "copy it again, or run the command that built this feature cache: it builds what lacks"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {cure}")

@@ -8,6 +8,7 @@ Precisions of features:
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 
@@ -46,10 +47,12 @@ def unpack_arrays(record: bytes, where: str = "record") -> dict[str, np.ndarray]
         (length,) = _LENGTH.unpack_from(data)
         start, arrays = _LENGTH.size + length, {}
         for key, dtype, shape in json.loads(data[_LENGTH.size : start]):
-            count = int(np.prod(shape, dtype=np.int64))
+            count = math.prod(shape)
+            if count < 0:
+                raise ValueError(f"an array of shape {shape}")
             arrays[key] = np.frombuffer(data, _DTYPES[dtype], count, start).reshape(shape)
             start += arrays[key].nbytes
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: not a record of arrays ({type(error).__name__}: {error})") from None
     if start != len(data):
         raise ValueError(f"{where}: a record of arrays with {len(data) - start} bytes too many")

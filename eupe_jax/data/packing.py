@@ -29,6 +29,7 @@ from eupe_jax.data.pack_shard import ImageOptions, Shard, check_any, check_broke
 from eupe_jax.data.processes import end_with_parent
 from eupe_jax.data.shard_files import alone, write_json
 from eupe_jax.data.sources import Source
+from eupe_jax.data.sources.base import is_plain_name
 
 MANIFEST = "manifest.json"
 WORK = ".pack"
@@ -177,8 +178,10 @@ def _load(path: Path) -> dict:
         found = json.loads(path.read_text())
         if found["format"] != FORMAT:
             raise ValueError(f"its format is {found['format']!r}, this code knows {FORMAT!r}")
+        if outside := [e["file"] for e in found.get("shards", []) if not is_plain_name(e["file"])]:
+            raise ValueError(f"it names {outside[0]!r}, which is no file of its folder")
         return found
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: not of a pack ({type(e).__name__}: {e})") from e
 
 
@@ -193,7 +196,7 @@ def _read_manifest(folder: Path, plan: dict) -> dict | None:
 
 def _is_there(folder: Path, entry: dict) -> bool:
     path = folder / entry["file"]
-    return path.is_file() and path.stat().st_size == entry["bytes"]
+    return is_plain_name(entry["file"]) and path.is_file() and path.stat().st_size == entry["bytes"]
 
 
 def _check_same(folder: Path, old: dict, plan: dict) -> None:

@@ -99,7 +99,7 @@ class Statistics:
                 what, kind = key.split("/")
                 arrays[what][kind] = value
             return cls.from_parts(arrays, header)
-        except (KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is not a statistics file of eupe_jax ({error})") from error
 
     def require(self, expected: Provenance, *, declared: bool, source: str = "") -> None:

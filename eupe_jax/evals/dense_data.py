@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from eupe_jax.data.decode import FORMATS
 from eupe_jax.data.order import record_index
 from eupe_jax.evals.interface import DataError
 
@@ -50,7 +51,7 @@ def open_image(path: Path, where: str) -> Image.Image:
       DataError: missing or damaged.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises all of these
@@ -73,7 +74,7 @@ def check_sizes(pairs: Sequence[Pair], threads: int) -> None:
         sizes = []
         for path in (pair.image, pair.target):
             try:
-                with Image.open(path) as image:
+                with Image.open(path, formats=FORMATS) as image:
                     sizes.append(image.size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
                 raise DataError(f"{pair.where}: {path} cannot be opened as a picture: {e}") from None

@@ -98,7 +98,7 @@ class PteEncoder:
             self.cls_dim, self.patch_dim = report["cls_dim"], report["patch_dim"]
             self.patch_size, self.resolution = report["patch_size"], max(report["resolution"])
             self.name = f"{report['model']} (.pte)"
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{sidecar} does not describe an exported program: {error!r}") from None
         self.fingerprint = hashlib.sha256((sha256_file(path) + sha256_file(sidecar)).encode()).hexdigest()
         self._program = PteProgram(path.read_bytes(), str(path))

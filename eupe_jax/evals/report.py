@@ -60,7 +60,7 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
         if not {"eval", "encoder", "metrics"} <= content.keys():
             raise ValueError("no eval, encoder or metrics in it")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the result of an evaluation: {error}") from None
     return content
 

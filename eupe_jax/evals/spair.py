@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eupe_jax.data.decode import FORMATS
 from eupe_jax.data.sources import Record
 from eupe_jax.evals.interface import DataError
 
@@ -103,7 +104,7 @@ def _listed(folder: Path, listed: Path) -> list[Path]:
 def _parse(root: Path, file: Path, content: bytes, sizes: dict[Path, tuple[int, int]]) -> Pair:
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise DataError(f"{file}: expected one JSON object, the fields of a pair")
@@ -136,7 +137,7 @@ def _parse(root: Path, file: Path, content: bytes, sizes: dict[Path, tuple[int, 
 def _image_size(file: Path, path: Path, sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
     if path not in sizes:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sizes[path], turned = image.size, image.getexif().get(_ORIENTATION, 1) != 1
         except OSError as error:
             raise DataError(f"{file} names the image {path}, which cannot be read: {error}") from None

@@ -168,7 +168,7 @@ def read_list(path: Path, key: str) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         entries = json.loads(text) if path.suffix == ".json" else text.rstrip().splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as a list of texts: {error}") from None
     if isinstance(entries, dict):
         if key not in entries:

@@ -34,7 +34,7 @@ WRAPPERS = ("state_dict", "weights", "model", "teacher")
 _KINDS = {"F": ("float", (16, 32, 64)), "I": ("int", (8, 16, 32, 64)), "U": ("uint", (8, 16, 32, 64))}
 _DTYPES = {f"{kind}{bits}": np.dtype(f"{name}{bits}") for kind, (name, sizes) in _KINDS.items() for bits in sizes}
 _DTYPES |= {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)}
-_UNREAD = np.dtype("V1")  # stands for types that no encoder has (8-bit floats, complex numbers, quantised tensors)
+_UNREAD = np.dtype("V1")  # stands for what no encoder has: 8-bit floats, complex, quantised or repeated numbers
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,8 @@ def _add_torch(weights: WeightFile, path: Path) -> None:
         ) from error
     mapped = zipfile.is_zipfile(path)
     try:
+        if mapped:
+            _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old ways to write the file, which its reader cannot change
             # Command-line arguments, which training scripts like to save along, are plain attributes.
@@ -300,6 +302,18 @@ def _add_torch(weights: WeightFile, path: Path) -> None:
         weights._add(name, tuple(tensor.shape), _torch_dtype(tensor), functools.partial(_torch_array, tensor))
 
 
+def _check_archive(path: Path) -> None:
+    """Refuses an archive that PyTorch did not write: it stores tensors as they are, to be mapped into memory.
+    Compressed ones would be taken for numbers, or be larger than any memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+        raise ValueError(f"{packed[0]} is compressed in it, which PyTorch never does; save it again with torch.save")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("what it holds is said to be larger than the file")
+
+
 def _torch_dtype(tensor: Any) -> np.dtype:
     import torch
 
@@ -308,7 +322,9 @@ def _torch_dtype(tensor: Any) -> np.dtype:
     else:
         dtype = np.dtype(getattr(np, str(tensor.dtype).removeprefix("torch."), _UNREAD))
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    return dtype if plain else _UNREAD
+    # A view may repeat a few numbers without end.
+    whole = plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return dtype if whole else _UNREAD
 
 
 def _torch_array(tensor: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from tests.faults.commands import RECIPE, Command, assert_same_run, lines_of
 
 pytestmark = pytest.mark.faults
 STEPS, KILLS = 60, 3
-SECONDS = 20  # from the death to the end of the run: what is made ahead is trained on first
+SECONDS = 60  # from the death to the end of the run: what is made ahead is trained on first
 
 TEACHER = '''
 """A teacher that ends its thread at the call that FALL_OVER_AT names."""

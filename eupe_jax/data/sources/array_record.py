@@ -130,7 +130,7 @@ def _manifest(path) -> dict[str, dict] | None:
     try:
         shards = json.loads(storage.read_file(file))["shards"]
         return {s["file"]: {k: s[k] for k in ("records", "bytes", "sha256")} for s in shards}
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{file}: not the manifest of packed shards ({type(e).__name__}: {e})") from e
 
 

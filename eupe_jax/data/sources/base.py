@@ -78,6 +78,11 @@ def in_range(index: SupportsIndex, length: int) -> int:
     return i % length
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether `name`, out of a manifest or an archive, is that of a file in the very folder it is looked for in."""
+    return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
+
+
 def is_image(name: str) -> bool:
     """Whether a path ends like an image; hidden files do not count."""
     base = os.path.basename(name)

@@ -107,7 +107,7 @@ class IndexCache:
             return None
         except _Stale as e:
             log.info("%s: indexing it again: %s", file.path, e)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             log.warning("%s: its index %s is damaged (%s); making it again", file.path, path, e)
         return None
 
@@ -211,6 +211,8 @@ def _read_header(path: Path, file: File, kind: str) -> tuple[dict, int]:
         if (header["path"], header["size"], header["version"]) != (_identity(file.path), file.size, file.version):
             raise _Stale(f"it was made of {header['size']} bytes, version {header['version']}")
         header["dtype"] = np.lib.format.descr_to_dtype([tuple(x) for x in header["dtype"]])
+        if header["dtype"].hasobject:  # its bytes would be taken for addresses
+            raise ValueError("it holds Python objects")
         size, expected = os.fstat(f.fileno()).st_size, len(line) + header["rows"] * header["dtype"].itemsize
         if size != expected:
             raise ValueError(f"it has {size} bytes, not {expected}")

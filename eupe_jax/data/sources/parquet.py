@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eupe_jax.data.sources import storage
-from eupe_jax.data.sources.base import Record, RecordError, digest_of, in_range
+from eupe_jax.data.sources.base import Record, RecordError, digest_of, in_range, is_plain_name
 from eupe_jax.data.sources.index_cache import IndexCache, default_folder
 from eupe_jax.data.sources.splits import choose_split
 
@@ -147,7 +147,7 @@ def _saved_files(path, split: str) -> list[storage.File] | None:
     if state.get("_indices_data_files"):
         raise ValueError(f"{folder} holds a selection by indices; write it with .flatten_indices() first")
     names = [str(entry["filename"]) for entry in state.get("_data_files", [])]
-    if outside := [n for n in names if os.path.basename(n) != n]:
+    if outside := [n for n in names if not is_plain_name(n)]:
         raise ValueError(f"{state_file} names {outside[0]!r}, which is not a file of its folder")
     return [storage.stat(os.path.join(folder, n)) for n in names]
 
@@ -156,7 +156,7 @@ def _json(path: str) -> dict:
     try:
         with open(path, "rb") as f:
             found = json.load(f)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e}") from e
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object")

@@ -27,6 +27,7 @@ _CHUNK = struct.Struct("<QQQB7sQ")
 _SIMPLE, _UNCOMPRESSED = ord("r"), 0
 _CODECS = {ord("z"): "zstd", ord("b"): "brotli", ord("s"): "snappy"}
 _MAGIC = 0x71930E704FDAE05E
+_MOST_DECODED = 1 << 31  # bytes of a compressed chunk
 
 
 class NotPlain(ValueError):
@@ -72,7 +73,7 @@ def record_table(file: File, reader: RangeReader, plain: bool = True) -> np.ndar
 
 def _chunk_table(file: File, offsets: np.ndarray, records: np.ndarray, footer: int) -> np.ndarray:
     ends = np.append(offsets[1:], np.uint64(footer))[: len(offsets)]
-    if np.any(ends <= offsets) or records.sum() > file.size:
+    if np.any(ends <= offsets) or np.any(records > file.size) or records.sum() > file.size:
         raise RecordError(file.path, "damaged: its footer lists chunks that do not follow each other")
     counts = records.astype(np.int64)
     table = np.zeros(int(counts.sum()), ROW)
@@ -90,6 +91,8 @@ def read_record(file: File, reader: RangeReader, row: np.void) -> bytes:
             raise RecordError(file.path, f"damaged: the chunk at byte {offset} has no record {place}")
         end = int(sizes[:place].sum())
         return values[end - int(sizes[place - 1]) : end]
+    if offset + size > file.size:
+        raise RecordError(file.path, f"damaged: a record of {size} bytes at byte {offset} of {file.size}")
     prefix = bytes([_UNCOMPRESSED]) + _varint(len(_varint(size))) + _varint(size)
     data = _plain(reader, file, offset, _CHUNK.size + len(prefix) + size)
     _, data_size, _, kind, records, decoded = _CHUNK.unpack_from(data)
@@ -157,7 +160,7 @@ def _decompress(kind: int, data: memoryview, expected: int | None = None) -> byt
     import pyarrow
 
     size, at = _first_varint(data, 0)
-    if expected not in (None, size) or size > (len(data) << 10) + (1 << 16):
+    if expected not in (None, size) or size > min((len(data) << 10) + (1 << 16), _MOST_DECODED):
         raise ValueError(f"a decompressed size of {size}")
     return pyarrow.Codec(_CODECS[kind]).decompress(data[at:], size, asbytes=True) if size else b""
 

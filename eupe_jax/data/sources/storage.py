@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import re
+import stat as stat_module
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from eupe_jax.data.sources.base import Changed, ReadError, RecordError, Refused,
 PathLike = str | os.PathLike
 
 _REQUESTS = 32  # at once, to look files up
+MOST_BYTES = 1 << 30  # of one record: twice the largest picture that is decoded, uncompressed
 
 
 class File(NamedTuple):
@@ -127,6 +129,8 @@ def exists(path: str) -> bool:
 
 def _local_file(path: str) -> File:
     status = os.stat(path)
+    if not stat_module.S_ISREG(status.st_mode):  # a pipe or a device would be read for ever
+        raise Refused(path, "not a regular file: remove it")
     return File(path, status.st_size, str(status.st_mtime_ns))
 
 
@@ -188,11 +192,13 @@ def _remote_file(path: str, info: dict) -> File:
 
 
 def read_file(path: str) -> bytes:
-    """All of a file."""
+    """All of a file. Raises RecordError for a local one of more than `MOST_BYTES`."""
     with explained(path):
         if is_remote(path):
             return _filesystem(path).cat_file(path)
         with open(path, "rb") as f:
+            if (size := os.fstat(f.fileno()).st_size) > MOST_BYTES:
+                raise RecordError(path, f"a file of {size} bytes: more than {MOST_BYTES}")
             return f.read()
 
 
@@ -243,8 +249,12 @@ class RangeReader:
         """Bytes offset .. offset + size.
 
         Raises Changed when the file is shorter or not `file` any more, Unavailable when it cannot be read or is gone,
-        and RecordError when it never was that long.
+        and RecordError when it never was that long, or for more than `MOST_BYTES`.
         """
+        if size > MOST_BYTES:
+            raise RecordError(file.path, f"a record of {size} bytes at byte {offset}: more than {MOST_BYTES}")
+        if offset > file.size:
+            raise RecordError(file.path, f"ends at byte {file.size}, before a record at byte {offset}")
         if is_remote(file.path):
             with explained(file.path):
                 data = _filesystem(file.path).cat_file(file.path, start=offset, end=offset + size) if size else b""

@@ -1,11 +1,14 @@
 """Where the images lie in an uncompressed tar file."""
 
 import tarfile
+from typing import BinaryIO
 
 import numpy as np
 
 from eupe_jax.data.sources.base import is_image
 from eupe_jax.data.sources.storage import File, explained, open_file
+
+_MOST_HEADER = 16 << 20  # bytes of a header: of names, mostly
 
 
 def is_tar(path: str) -> bool:
@@ -23,15 +26,17 @@ def tar_images(file: File) -> np.ndarray:
 
     Returns: array of fields "offset", "size" (uint64) and "name" (bytes; UTF-8, or what bytes the archive has).
     Raises ValueError naming the file, and the byte where it stops making sense, when it is no uncompressed tar file, or
-    one that is cut off or damaged.
+    one that is cut off, damaged or made to be read for ever or into memory whole.
     """
     rows = []
     with explained(file.path), open_file(file) as f:
         at = 0
         try:
-            with tarfile.open(fileobj=f, mode="r:") as tar:
+            with tarfile.open(fileobj=_Headers(f), mode="r:") as tar:
                 for member in tar:
                     tar.members.clear()  # it would keep them all
+                    if tar.offset <= at:
+                        raise tarfile.ReadError(f"the size of {member.name[:100]!r} leads backwards")
                     at = tar.offset
                     if member.isreg() and not member.issparse() and is_image(member.name):
                         rows.append((member.offset_data, member.size, member.name))
@@ -49,6 +54,21 @@ def tar_images(file: File) -> np.ndarray:
     for column, values in (("offset", [r[0] for r in rows]), ("size", [r[1] for r in rows]), ("name", names)):
         table[column] = values
     return table
+
+
+class _Headers:
+    """A tar file whose headers are read from it: none is larger than `_MOST_HEADER`, whatever it claims."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
 
 
 def _check_end(file: File, f, end: int) -> None:
