@@ -5,6 +5,9 @@ python launch/measure_statistics.py --config=configs/stage2_vitb.py --out=gs://B
 On several hosts, start it on each of them with --distributed (docs/pods.md).
 """
 
+if __name__ == "__main__":
+    import launch.early  # noqa: F401
+
 from absl import flags
 
 from eupe_jax.training import distributed

@@ -9,6 +9,9 @@ last, lists shards, hashes and broken images. Training then takes --config.data.
 folder as path. --verify reads a finished folder again and names what is damaged: remove those shards and pack again.
 """
 
+if __name__ == "__main__":
+    import launch.early  # noqa: F401
+
 import os
 from pathlib import Path
 

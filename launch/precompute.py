@@ -7,6 +7,9 @@ The same command resumes, and builds shards anew that are gone. With --verify it
 finished cache is read back, every byte; --out=FOLDER --verify alone checks one that is there.
 """
 
+if __name__ == "__main__":
+    import launch.early  # noqa: F401
+
 from absl import flags
 
 from eupe_jax.data.feature_cache import FeatureCache

@@ -6,6 +6,9 @@ neither data nor weights; --print_config shows the whole recipe. On several host
 --distributed (docs/pods.md).
 """
 
+if __name__ == "__main__":
+    import launch.early  # noqa: F401
+
 import jax
 from absl import flags
 from etils import epath
