@@ -1,5 +1,6 @@
 """Published weights as an Orbax checkpoint: every loader takes it, and failures leave nothing behind."""
 
+import hashlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import eupe_jax
 from convert import teachers_to_orbax, transformers_layout
 from eupe_jax.models import interchange, text_tower, zoo
-from eupe_jax.training import checkpoints, encoders, streaming
+from eupe_jax.training import checkpoints, encoders, integrity, streaming
 from tests.convert.conftest import make_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,27 @@ def test_half_precision_rounds_kernels_only(encoder, source, tmp_path):
     images = np.zeros((1, 64, 64, 3), np.uint8)
     patches = np.asarray(loaded(images, resolution=64)["patches"], np.float32)
     np.testing.assert_allclose(patches, encoder(images)["patches"], atol=0.2)
+
+
+def test_hashes_of_what_was_converted_are_recorded_and_checked(vit, tmp_path):
+    source, out = tmp_path / "x.safetensors", tmp_path / "o"
+    save_file(official(vit), source)
+    manifest = teachers_to_orbax.convert(vit.name, source, out, overrides=vit.overrides)
+    assert manifest["source"]["files"] == {source.name: hashlib.sha256(source.read_bytes()).hexdigest()}
+    written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {integrity.CHECKSUMS}
+    recorded = json.loads((out / integrity.CHECKSUMS).read_text())["files"]
+    assert recorded.keys() == written - {integrity.STEP_METADATA, integrity.COMMITTED}  # what Orbax writes last
+    for name in recorded:
+        assert recorded[name]["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
+    largest = max((out / name for name in recorded), key=lambda path: path.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(integrity.CorruptCheckpoint, match=f"{largest.relative_to(out)} has other bytes"):
+        eupe_jax.load_encoder(out)
+    largest.write_bytes(whole)
+    (out / integrity.CHECKSUMS).unlink()
+    with pytest.raises(integrity.CorruptCheckpoint, match="no checksums.json"):
+        eupe_jax.load_encoder(out)
 
 
 def test_plain_orbax_restores_it_on_a_mesh(vit, tmp_path):
