@@ -14,7 +14,7 @@ from eupe_jax.data.feature_builder import build_feature_cache
 from eupe_jax.data.host import HostConfig
 from eupe_jax.data.sources import ArraySource
 from eupe_jax.distill.teacher_spec import TeacherSpec
-from tests.faults.commands import RECIPE, Command, assert_same_run, lines_of
+from tests.faults.commands import RECIPE, Command, assert_same_run, has_logged, logged_step
 
 pytestmark = pytest.mark.faults
 STEPS, KILLS = 60, 3
@@ -72,9 +72,17 @@ def command_fixture(tmp_path_factory, cache):
     return start
 
 
-def train(workdir):
-    fields = {"total_steps": STEPS, "checkpoint.save_every": 4, "data.threads": 1, "data.workers": 2}
+def train(workdir, workers=2):
+    fields = {"total_steps": STEPS, "checkpoint.save_every": 4, "data.threads": 1, "data.workers": workers}
     return ("launch/train.py", RECIPE, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items()))
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The folder of a run that nothing happens to."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    command(*train(workdir, workers=0)).succeed()
+    return workdir
 
 
 def data_workers(command):
@@ -94,12 +102,11 @@ def error_line(command):
     return line
 
 
-def test_killed_workers_end_the_run_with_a_clear_line_and_lose_nothing(command, tmp_path, record):
-    whole, workdir, moments = tmp_path / "whole", tmp_path / "run", random.Random(0)
-    command(*train(whole)).succeed()
+def test_killed_workers_end_the_run_with_a_clear_line_and_lose_nothing(command, whole, tmp_path, record):
+    workdir, moments = tmp_path / "run", random.Random(0)
     for kill in range(KILLS):
         run, steps = command(*train(workdir)), 8 + 12 * kill
-        assert run.wait_for(lambda steps=steps: lines_of(workdir / "metrics.jsonl") >= steps), run.printed
+        assert run.wait_for(lambda steps=steps, run=run: has_logged(run, workdir, steps)), run.printed
         time.sleep(moments.uniform(0, 0.1))
         workers, began = data_workers(run), time.time()
         victim = moments.choice(workers)
@@ -114,6 +121,25 @@ def test_killed_workers_end_the_run_with_a_clear_line_and_lose_nothing(command, 
     record("dead data worker", phase="kill -9", injected=KILLS, detected=KILLS, lost=0)
 
 
+def test_a_stuck_worker_is_reported_and_the_run_goes_on_with_it(command, whole, tmp_path, record):
+    workdir = tmp_path / "run"
+    run = command(*train(workdir, workers=1))
+    assert run.wait_for(lambda: has_logged(run, workdir, 16)), run.printed
+    (worker,) = data_workers(run)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        assert run.wait_for(lambda: "so far, the median is" in run.printed, SECONDS), run.printed
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    printed = run.succeed()
+    main = printed.partition("-- MainThread")[2].partition("\n-- ")[0]
+    assert "in _next_part" in main, printed  # what the run waits for
+    assert f"what worker process {worker} is doing" in printed and "(most recent call first)" in printed
+    assert " is over, after " in printed
+    assert_same_run(workdir, whole)
+    record("stuck data worker", phase="SIGSTOP", injected=1, detected=1, lost=0)
+
+
 def test_a_host_teacher_that_dies_is_named_and_nothing_is_lost(command, tmp_path, record):
     (command.folder / "cells_teacher.py").write_text(TEACHER)
     recipe = tmp_path / "cells.py"
@@ -125,7 +151,7 @@ def test_a_host_teacher_that_dies_is_named_and_nothing_is_lost(command, tmp_path
     run = command(*words, f"--workdir={workdir}", FALL_OVER_AT="9")
     assert run.end() == 2, run.printed
     assert "host teacher 'cells' failed: SystemExit: 0" in error_line(run)
-    assert 4 <= lines_of(workdir / "metrics.jsonl") < 12
+    assert 4 <= logged_step(workdir) < 12
     command(*words, f"--workdir={workdir}").succeed()
     assert_same_run(workdir, whole)
     record("dead host teacher", phase="sys.exit in its thread", injected=1, detected=1, lost=0)
