@@ -122,6 +122,11 @@ class _Heads:
     def aligned(self) -> bool:
         return self.half % LANES == 0
 
+    @property
+    def scale(self) -> float:
+        """Of logits that are exponents of two."""
+        return self.width**-0.5 * math.log2(math.e)
+
     def head(self, h: int) -> slice:
         """Columns of a head among values; of its halves: `half_head`."""
         return slice(h * self.width, (h + 1) * self.width)
@@ -171,68 +176,73 @@ def _rotated(parts: Parts, tables: jax.Array) -> tuple[jax.Array, jax.Array, jax
     return tuple(x.astype(parts[4].dtype) for x in (*_rotate(q1, q2, *tables), *_rotate(k1, k2, *tables)))
 
 
-def _exponentials(a: jax.Array, b: jax.Array, keys: int) -> jax.Array:
-    """Softmax weights of queries over keys before their division by the sum over keys: float32 [rows of a, rows of b].
-
-    keys: axis of the result that the keys lie on.
-    """
-    logits = _dot(a, b, (1, 1))
-    # the logits' scale costs nothing here: an exponential multiplies by log2(e) anyway
-    return jnp.exp2((logits - logits.max(axis=keys, keepdims=True)) * (a.shape[1] ** -0.5 * math.log2(math.e)))
+def _head(x1: jax.Array, x2: jax.Array, half: slice) -> jax.Array:
+    """Rotated queries or keys of one head: [T, width]."""
+    return jnp.concatenate([x1[:, half], x2[:, half]], axis=1)
 
 
-def _forward(parts: Parts, tables, heads: _Heads) -> jax.Array:
+# Logits lie with keys before queries, [keys, queries]: the largest and the sum over keys then go from row to row, where
+# lanes need not be shifted. They are in powers of two: an exponential multiplies by log2(e) anyway.
+
+
+def _forward(parts: Parts, tables, heads: _Heads, with_sums: bool = False) -> tuple[jax.Array, ...]:
     """Attention of one program's heads: [T, heads * width].
 
-    Logits lie with keys before queries: the largest and the sum over keys then go from row to row, where lanes need not
-    be shifted, and the kernel takes a quarter less time.
+    with_sums: also log2 of each query's sum of exponentials over keys, float32 [heads, T]: what `_backward` divides by.
     """
     v = parts[4]
     q1, q2, k1, k2 = _rotated(parts, tables)
-    outputs = []
+    outputs, sums = [], []
     for h in range(heads.heads):
         half = heads.half_head(h)
-        q = jnp.concatenate([q1[:, half], q2[:, half]], axis=1)
-        k = jnp.concatenate([k1[:, half], k2[:, half]], axis=1)
-        columns = []
+        q, k = _head(q1, q2, half), _head(k1, k2, half)
+        columns, exponents = [], []
         for block in _row_blocks(v.shape[0]):
-            weights = _exponentials(k, q[block], keys=0)
+            logits = _dot(k, q[block], (1, 1))
+            largest = logits.max(axis=0, keepdims=True)
+            weights = jnp.exp2((logits - largest) * heads.scale)
             total = weights.sum(axis=0, keepdims=True)
             columns.append(_dot(v[:, heads.head(h)], weights.astype(v.dtype), (0, 0)) / total)
+            if with_sums:
+                exponents.append(largest * heads.scale + jnp.log(total) * math.log2(math.e))
         outputs.append(jnp.concatenate(columns, axis=1))
-    return jnp.concatenate(outputs, axis=0).T.astype(v.dtype)
+        if with_sums:
+            sums.append(jnp.concatenate(exponents, axis=1))
+    out = jnp.concatenate(outputs, axis=0).T.astype(v.dtype)
+    return (out, jnp.concatenate(sums, axis=0)) if with_sums else (out,)
 
 
-def _backward(parts: Parts, tables, out: jax.Array, grad: jax.Array, heads: _Heads) -> Parts:
-    """Gradients of q1, q2, k1, k2 and v from the output and its gradient; the weights are computed again."""
+def _backward(parts: Parts, tables, out: jax.Array, sums_HxT: jax.Array, grad: jax.Array, heads: _Heads) -> Parts:
+    """Gradients of q1, q2, k1, k2 and v from the output, the sums of `_forward` and the output's gradient.
+
+    The weights are computed again, whole from the logits and the sums: no pass over the keys has to wait for another.
+    """
     v = parts[4]
     q1, q2, k1, k2 = _rotated(parts, tables)
-    columns: tuple[list, ...] = ([], [], [], [], [])
+    products_DxT = (grad.astype(jnp.float32) * out.astype(jnp.float32)).T
+    dqs_DxT, dks, dvs = [], [], []  # of each head
     for h in range(heads.heads):
         half, head = heads.half_head(h), heads.head(h)
-        q = jnp.concatenate([q1[:, half], q2[:, half]], axis=1)
-        k = jnp.concatenate([k1[:, half], k2[:, half]], axis=1)
+        q, k = _head(q1, q2, half), _head(k1, k2, half)
+        inner = products_DxT[head].sum(axis=0, keepdims=True)
         dq, dk, dv = [], 0.0, 0.0
         for block in _row_blocks(v.shape[0]):
-            weights = _exponentials(q[block], k, keys=1)
-            weights = weights / weights.sum(axis=1, keepdims=True)
             g = grad[block, head]
-            dv = dv + _dot(weights.astype(v.dtype), g, (0, 0))
-            inner = (g.astype(jnp.float32) * out[block, head].astype(jnp.float32)).sum(axis=1, keepdims=True)
-            dlogits = (weights * (_dot(g, v[:, head], (1, 1)) - inner)).astype(v.dtype)
-            dq.append(_dot(dlogits, k, (1, 0)))
-            dk = dk + _dot(dlogits, q[block], (0, 0))
-        scale = heads.width**-0.5
-        dq, dk = jnp.concatenate(dq, axis=0) * scale, dk * scale
-        middle = heads.width // 2
-        for column, x in zip(
-            columns, (dq[:, :middle], dq[:, middle:], dk[:, :middle], dk[:, middle:], dv), strict=True
-        ):
-            column.append(x)
-    dq1, dq2, dk1, dk2, dv = (jnp.concatenate(column, axis=1) for column in columns)
+            weights = jnp.exp2(_dot(k, q[block], (1, 1)) * heads.scale - sums_HxT[h : h + 1, block])
+            dv = dv + _dot(weights.astype(v.dtype), g, (1, 0))
+            dlogits = (weights * (_dot(v[:, head], g, (1, 1)) - inner[:, block])).astype(v.dtype)
+            dq.append(_dot(k, dlogits, (0, 0)))
+            dk = dk + _dot(dlogits, q[block], (1, 0))
+        dqs_DxT.append(jnp.concatenate(dq, axis=1))
+        dks.append(dk)
+        dvs.append(dv)
+    scale, middle = heads.width**-0.5, heads.width // 2
+    first, second = slice(0, middle), slice(middle, None)
+    dq1, dq2 = (jnp.concatenate([dq[part] for dq in dqs_DxT], axis=0).T * scale for part in (first, second))
+    dk1, dk2 = (jnp.concatenate([dk[:, part] for dk in dks], axis=1) * scale for part in (first, second))
     sin, cos = tables
     dq, dk = _rotate(dq1, dq2, -sin, cos), _rotate(dk1, dk2, -sin, cos)  # the transpose of a rotation turns back
-    return tuple(x.astype(v.dtype) for x in (*dq, *dk, dv))
+    return tuple(x.astype(v.dtype) for x in (*dq, *dk, jnp.concatenate(dvs, axis=1)))
 
 
 # ---- kernels: where the parts lie
@@ -243,16 +253,20 @@ def _split_row(row: jax.Array, half: int) -> Parts:
 
 
 def _forward_kernel(*refs, heads: _Heads):
-    *inputs, tables, out = refs
+    count = 5 if heads.aligned else 1
+    inputs, tables, outputs = refs[:count], refs[count], refs[count + 1 :]
     parts = tuple(x[0] for x in inputs) if heads.aligned else _split_row(inputs[0][0], heads.half)
-    out[0] = _forward(parts, tables[...], heads)
+    results = _forward(parts, tables[...], heads, with_sums=len(outputs) == 2)
+    outputs[0][0] = results[0]
+    for ref, sums in zip(outputs[1:], results[1:], strict=True):
+        ref[0, 0] = sums
 
 
 def _backward_kernel(*refs, heads: _Heads):
     count = 5 if heads.aligned else 1
-    inputs, (tables, out, grad), outputs = refs[:count], refs[count : count + 3], refs[count + 3 :]
+    inputs, (tables, out, sums, grad), outputs = refs[:count], refs[count : count + 4], refs[count + 4 :]
     parts = tuple(x[0] for x in inputs) if heads.aligned else _split_row(inputs[0][0], heads.half)
-    gradients = _backward(parts, tables[...], out[0], grad[0], heads)
+    gradients = _backward(parts, tables[...], out[0], sums[0, 0], grad[0], heads)
     if heads.aligned:
         for ref, x in zip(outputs, gradients, strict=True):
             ref[0] = x
@@ -293,14 +307,23 @@ def _call(kernel: Callable, name: str, qkv: jax.Array, heads: _Heads, products: 
     )
 
 
-def _run_forward(qkv: jax.Array, tables: jax.Array, heads: _Heads, interpret: bool) -> jax.Array:
+def _sums_spec(tokens: int, heads: _Heads) -> pl.BlockSpec:
+    """Of the sums, [B, groups, heads, T]."""
+    return pl.BlockSpec((1, 1, heads.heads, tokens), lambda image, group: (image, group, 0, 0))
+
+
+def _run_forward(qkv: jax.Array, tables: jax.Array, heads: _Heads, interpret: bool, with_sums: bool) -> list[jax.Array]:
+    """The output [B, T, D], and the sums [B, groups, heads, T] if asked for."""
     batch, tokens, width = qkv.shape
     inputs, out, _ = _specs(tokens, heads)
     table = pl.BlockSpec(tables.shape, lambda image, group: (0, 0, 0))
+    specs, shapes = [out], [jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype)]
+    if with_sums:
+        specs.append(_sums_spec(tokens, heads))
+        shapes.append(jax.ShapeDtypeStruct((batch, heads.groups, heads.heads, tokens), jnp.float32))
     call = _call(
         _forward_kernel, "rope_attention", qkv, heads, 2, interpret,
-        in_specs=[*inputs, table], out_specs=out,
-        out_shape=jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype),
+        in_specs=[*inputs, table], out_specs=specs, out_shape=shapes,
     )  # fmt: skip
     return call(*[qkv] * len(inputs), tables)
 
@@ -308,27 +331,27 @@ def _run_forward(qkv: jax.Array, tables: jax.Array, heads: _Heads, interpret: bo
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(heads: _Heads, interpret: bool, qkv: jax.Array, tables: jax.Array) -> jax.Array:
     """The tables get no gradient: nobody trains positions."""
-    return _run_forward(qkv, tables, heads, interpret)
+    return _run_forward(qkv, tables, heads, interpret, with_sums=False)[0]
 
 
 def _attention_forward(heads, interpret, qkv, tables):
-    # named here, where it becomes a residual: a name given outside would leave this one to be computed again
-    out = checkpoint_name(_run_forward(qkv, tables, heads, interpret), "attention")
-    return out, (qkv, tables, out)
+    # named here, where they become residuals: a name given outside would leave them to be computed again
+    out, sums = (checkpoint_name(x, "attention") for x in _run_forward(qkv, tables, heads, interpret, with_sums=True))
+    return out, (qkv, tables, out, sums)
 
 
 def _attention_backward(heads, interpret, saved, grad):
-    qkv, tables, out = saved
+    qkv, tables, out, sums = saved
     batch, tokens, width = qkv.shape
     inputs, whole, gradients = _specs(tokens, heads)
     table = pl.BlockSpec(tables.shape, lambda image, group: (0, 0, 0))
     widths = [width // 6] * 4 + [width // 3] if heads.aligned else [width]
     call = _call(
         _backward_kernel, "rope_attention_backward", qkv, heads, 5, interpret,
-        in_specs=[*inputs, table, whole, whole], out_specs=gradients,
+        in_specs=[*inputs, table, whole, _sums_spec(tokens, heads), whole], out_specs=gradients,
         out_shape=[jax.ShapeDtypeStruct((batch, tokens, w), qkv.dtype) for w in widths],
     )  # fmt: skip
-    parts = call(*[qkv] * len(inputs), tables, out, grad)
+    parts = call(*[qkv] * len(inputs), tables, out, sums, grad)
     return jnp.concatenate(parts, axis=2), jnp.zeros_like(tables)
 
 
