@@ -24,7 +24,7 @@ from tests.training.conftest import tiny_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 
-STEPS, SAVE_EVERY, EVALUATE_EVERY = 96, 4, 12
+STEPS, LOG_EVERY, SAVE_EVERY, EVALUATE_EVERY = 96, 3, 4, 12  # most saves fall between two lines of metrics
 TRAINING_KILLS = {"start": 3, "training": 10, "save": 10, "evaluation": 7}
 STATISTICS_KILLS, PACK_KILLS, PRECOMPUTE_KILLS = 6, 8, 5
 RESULT = "evals/neighbours/vitt/{step}/metrics.json"
@@ -38,7 +38,7 @@ def get_config():
     settings = dict(resize=32, crop=32, ks=(3,), reported_k=3, batch_size=6)
     with config.unlocked():
         config.evals.neighbours = common.evaluation("knn", {data!r}, {every}, **settings)
-    config.total_steps, config.checkpoint.save_every = {steps}, {save_every}
+    config.total_steps, config.log_every, config.checkpoint.save_every = {steps}, {log_every}, {save_every}
     return config
 """
 
@@ -88,8 +88,8 @@ class Training:
         self.folder, self.cache, self.moments = folder, cache, moments
         self.recipe = folder / "recipe.py"
         data = str(write_shards(folder / "set", train=120, test=60))
-        fields = {"data": data, "every": EVALUATE_EVERY, "steps": STEPS, "save_every": SAVE_EVERY}
-        self.recipe.write_text(WITH_EVALUATION.format(**fields))
+        steps = {"steps": STEPS, "log_every": LOG_EVERY, "save_every": SAVE_EVERY, "every": EVALUATE_EVERY}
+        self.recipe.write_text(WITH_EVALUATION.format(data=data, **steps))
 
     def start(self, workdir: Path) -> Command:
         words = ["launch/train.py", f"--config={self.recipe}", f"--workdir={workdir}"]
@@ -122,7 +122,7 @@ def test_training(tmp_path, cache, moments, record):
     whole, runs, hit = tmp_path / "whole", [tmp_path / "run0"], Counter()
     training.start(whole).succeed()
     lines = (whole / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == STEPS + STEPS // EVALUATE_EVERY
+    assert len(lines) == STEPS // LOG_EVERY + STEPS // EVALUATE_EVERY
     while missing := [phase for phase, wanted in TRAINING_KILLS.items() if hit[phase] < wanted]:
         assert hit.total() < 2 * sum(TRAINING_KILLS.values()), f"kills that were aimed do not hit: {hit}"
         phase = training.kill(runs[-1], moments.choice(missing))
