@@ -35,7 +35,7 @@ class ReplicaCheck:
         """Compares all copies of `tree`, arrays on the mesh, after `step` steps. All hosts must call it alike.
 
         Raises:
-          Diverging: names the parameters, the devices that hold another copy than most, and their hosts.
+          Diverging: names the parameters, the devices whose copy is not that of most, and their hosts.
         """
         names, leaves, groups = [], [], []
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -80,19 +80,19 @@ class ReplicaCheck:
         hosts = sorted({device.process_index for device in devices})
         known = "never before" if self._alike is None else f"last after step {self._alike}"
         return (
-            f"after step {step} not all copies of {name}{more} are the same: device(s) "
-            f"{', '.join(str(device.id) for device in devices)} of host(s) {', '.join(map(str, hosts))} hold another "
-            f"than most; take these hosts out and go on from a checkpoint that is older (all were alike {known})"
+            f"after step {step} not all copies of {name}{more} are the same: suspect device(s) "
+            f"{', '.join(str(device.id) for device in devices)} of host(s) {', '.join(map(str, hosts))}; take what "
+            f"fails out and go on from a checkpoint of when all were alike ({known})"
         )
 
 
 def odd_ones(values: np.ndarray, group: Sequence[int]) -> list[int]:
-    """The numbers of those whose value is not that of most in their group."""
+    """The numbers of those whose value is not that of most in their group; of all there where no value is."""
     if np.array_equal(values, values[list(group)]):
         return []
     odd = []
     for part in set(group):
         members = [number for number, other in enumerate(group) if other == part]
-        usual, _ = Counter(values[members].tolist()).most_common(1)[0]
-        odd += [number for number in members if values[number] != usual]
+        usual, count = Counter(values[members].tolist()).most_common(1)[0]
+        odd += [number for number in members if values[number] != usual or 2 * count <= len(members)]
     return odd
