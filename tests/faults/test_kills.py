@@ -55,12 +55,13 @@ class Seen:
     """What lies in a run's folder: how far it has come, by what a kill cannot take back."""
 
     workdir: Path
-    logged: int = field(init=False)
+    written: float = field(init=False)  # when metrics were, last
     newest: int = field(init=False)
     saving: set = field(init=False)
 
     def __post_init__(self):
-        self.logged = logged_step(self.workdir)
+        metrics = self.workdir / "metrics.jsonl"
+        self.written = metrics.stat().st_mtime if metrics.exists() else 0.0
         self.newest = max(finished_steps(self.workdir), default=0)
         self.saving = set()
         for path in self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"):
@@ -78,7 +79,7 @@ class Seen:
             return "save"
         if self.evaluating and self.newest > before.newest:
             return "evaluation"
-        return "training" if self.logged != before.logged else "start"
+        return "training" if self.written > before.written else "start"
 
 
 class Training:
