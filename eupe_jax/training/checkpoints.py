@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -91,6 +92,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._pending and self._manager.is_saving_in_progress()
+
     def save(
         self, step: int, state: Mapping, statistics: Mapping, chain: Mapping, manifest: Mapping, *, force: bool = False
     ) -> None:
@@ -114,16 +120,16 @@ class Checkpoints:
         items["statistics"] = dict(statistics)
         if chain:
             items["chain"] = dict(chain)
-        args = {key: ocp.args.StandardSave(value) for key, value in items.items()}
+        self.wait()  # as Orbax does itself, but before `_saving` changes, and before there are copies
+        args = {key: ocp.args.StandardSave(value) for key, value in _apart(items).items()}
         args[MANIFEST] = ocp.args.JsonSave({**manifest, "format": FORMAT, "step": step})
-        self.wait()  # as Orbax does itself, but before `_saving` changes
         self._saving, self._pending = step, True
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def check(self) -> None:
         """To be called after every step: raises what went wrong in a save in the background, as `save` does."""
-        if self._pending and not self._manager.is_saving_in_progress():
+        if self._pending and not self.saving:
             self.wait()  # it is over: did it fail?
 
     def note(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -239,6 +245,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _apart(items: dict[str, Any]) -> dict[str, Any]:
+    """What is saved while the next step runs. Accelerators' arrays are copied to the host first, by Orbax; those of
+    processors would be held until they are written, and the next step, which is to write over them, would wait."""
+    return jax.block_until_ready(_copies(items)) if jax.default_backend() == "cpu" else items
+
+
+@jax.jit
+def _copies(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _cause(error: BaseException) -> str:
