@@ -61,9 +61,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Filter: what Orbax raises it also logs, with its stack, from every layer; an error is one line."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 def set_up_logging() -> None:
     """Our own messages, plainly; of the libraries only errors (Orbax writes dozens of lines a save)."""
     absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.get_absl_logger().addFilter(_not_of_orbax)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("eupe_jax", "launch", "convert"):
