@@ -6,23 +6,40 @@ import numpy as np
 import pytest
 
 from eupe_jax.distill import losses
-from eupe_jax.training import assemble, pipeline
+from eupe_jax.sharding.mesh import make_mesh
+from eupe_jax.training import assemble, pipeline, program
 from eupe_jax.training.diagnosis import first_not_finite
 from tests.training.conftest import tiny_config
-from tests.training.tiny_steps import TinyRun
+
+
+class Run:
+    """What a step of a run takes, on one device: small random weights, so that nothing need be compiled for them."""
+
+    def __init__(self):
+        self.config, self.mesh = tiny_config(), make_mesh(devices=jax.devices()[:1])
+        del self.config.teachers["b"]
+        abstract, rng = program.abstract_run(self.config, self.mesh), np.random.default_rng(0)
+        self.teachers = abstract.teachers
+
+        def fill(x):
+            floats = jnp.issubdtype(x.dtype, jnp.floating)
+            value = rng.normal(0, 0.02, x.shape) if floats else rng.integers(0, 60, x.shape)
+            return jax.device_put(value.astype(x.dtype), x.sharding)
+
+        self.state, self.batch, self.variables, statistics = jax.tree.map(fill, abstract.arguments)
+        self.statistics = {name: {"mean": each["mean"], "std": jax.tree.map(jnp.ones_like, each["std"])}
+                           for name, each in statistics.items()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run():
-    config = tiny_config()
-    del config.teachers["b"]
-    return TinyRun(config, devices=1)
+    return Run()
 
 
 def diagnose(run, *, state=None, variables=None, batch=None, statistics=None, step=3):
     teachers = assemble.Teachers(run.teachers, variables or run.variables, {}, {}, {})
     return first_not_finite(
-        run.config, state or run.state(), step, batch or run.batch, teachers, statistics or run.statistics, run.mesh
+        run.config, state or run.state, step, batch or run.batch, teachers, statistics or run.statistics, run.mesh
     )
 
 
@@ -46,7 +63,7 @@ def test_weights_and_statistics_are_named_with_their_blocks(run):
     statistics = spoilt(run.statistics, "a/std/cls", lambda x: np.full_like(x, np.inf))
     assert diagnose(run, statistics=statistics) == "statistics of teacher 'a': not finite: std/cls (infinite)"
     path = "students/vit/params/adapters/a_cls/fc1/kernel"
-    state = spoilt(run.state(), path, lambda x: x.at[0, 0].set(-jnp.inf))
+    state = spoilt(run.state, path, lambda x: x.at[0, 0].set(-jnp.inf))
     assert diagnose(run, state=state) == (
         "student 'vit': its parameters are not finite before the step: params/adapters/a_cls/fc1/kernel (infinite)"
     )
@@ -58,6 +75,7 @@ def overflow(tree, blocks):
     return spoilt(tree, f"{blocks}/ls2/gamma", lambda x: x * 1e3)
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_teacher_is_named_with_the_images(run):
     words = diagnose(run, variables=overflow(run.variables, "a/params/blocks"))
     assert words.startswith("teacher 'a': its class tokens are NaN for 8 of 8 images: places 0, 1, 2, 3, 4, 5, 6, 7 of")
@@ -66,7 +84,7 @@ def test_a_layer_of_a_teacher_is_named_with_the_images(run):
 
 @pytest.mark.slow
 def test_a_layer_of_a_student_and_a_gradient_are_named(run, monkeypatch):
-    words = diagnose(run, state=overflow(run.state(), "students/vit/params/backbone/blocks"))
+    words = diagnose(run, state=overflow(run.state, "students/vit/params/backbone/blocks"))
     assert words.startswith("student 'vit': the tokens that its adapters give (a/cls (NaN), a/patches (NaN))")
     assert words.endswith("; first infinite in blocks/ls2, layer 1 of 2")
 
