@@ -62,7 +62,8 @@ def _place_of(name: str, r2: R2, rows: Rows) -> list[str]:
         if found[best] <= HARD:
             lines.append(
                 f"The {WORDS[kind]} of {name} are hard to predict from any other teacher (best R2 {found[best]:.2f}, "
-                f"from {best}): they bring something of their own; expect them to compete for the student's capacity."
+                f"from {best}): they bring something of their own, knowledge or noise; expect them to compete for the "
+                "student's capacity."
             )
         else:
             lines.append(f"The {WORDS[kind]} of {name} are partly in {best} (R2 {found[best]:.2f}), partly their own.")
@@ -78,7 +79,7 @@ def _distances(pairs: Rows) -> list[str]:
     for kind in dict.fromkeys(row["tokens"] for row in pairs):
         ordered = sorted((row for row in pairs if row["tokens"] == kind), key=lambda row: row["cka"])
         ends = [("closest", ordered[-1]), ("farthest apart", ordered[0])] if len(ordered) > 1 else []
-        ends = ends or [("the two", ordered[0])]
+        ends = ends or [("the only pair", ordered[0])]
         words = ", ".join(f"{end} {row['one']} and {row['other']} ({row['cka']:.2f})" for end, row in ends)
         lines.append(f"By CKA of {WORDS[kind]}: {words}.")
     return lines
@@ -167,7 +168,8 @@ def figure(pairs: Rows, rows: Rows) -> np.ndarray:
                 panel.set_axis_off()
         axes[0].set_title(f"{WORDS[kind]}: linear CKA", fontsize=10)
         axes[1].set_title("ridge R², row predicts column", fontsize=10)
-        _bars(axes[2], names, [row["std_ratio"] for row in own], "{:.1f}".format)
+        ratios = {row["std_ratio"]: f"{row['std_ratio']:.1f} (median {row['std_median']:.3g})" for row in own}
+        _bars(axes[2], names, [row["std_ratio"] for row in own], ratios.get)
         axes[2].set_title("largest / median std of coordinates", fontsize=10)
         _bars(axes[3], names, [100 * row["participation"] / row["width"] for row in own], "{:.1f}%".format)
         axes[3].set_title("directions sharing the variance, % of width", fontsize=10)
@@ -195,8 +197,7 @@ def _bars(axes, names: Sequence[str], values: Sequence[float], text: Callable[[f
         axes.text(value, y, f" {text(value)}", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.5 * max(values))
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right", "left"]].set_visible(False)
