@@ -92,7 +92,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
         raise FileNotFoundError(f"{workdir} holds no run ({workdirs.CONFIG} is missing)")
     try:
         return ConfigDict(_tuples(json.loads(path.read_text())))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): a checkpoint's manifest holds the same config") from None
 
 
