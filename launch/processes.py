@@ -22,10 +22,10 @@ LOST_AFTER = flags.DEFINE_integer(
 )  # fmt: skip
 
 
-def join(preemption: Preemption) -> None:
+def join(preemption: Preemption | None = None) -> None:
     """Joins the processes of this run, if it has several; from then on only the first says more than warnings.
 
-    `preemption` then hears of a notice that any of them gets.
+    `preemption`, if any, then hears of a notice that any of them gets.
 
     Raises:
       ValueError, ConnectionError: see `distributed.join`.
@@ -34,7 +34,8 @@ def join(preemption: Preemption) -> None:
     if not DISTRIBUTED.value and explicit == (None, None, None):
         return
     distributed.join(*explicit, lost_after=LOST_AFTER.value)
-    preemption.joined()
+    if preemption is not None:
+        preemption.joined()
     LOGGER.info("%d processes", jax.process_count())
     if not distributed.is_main():
         for name in ("eupe_jax", "launch"):

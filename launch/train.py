@@ -67,10 +67,11 @@ def train(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | No
         loop.check_run(config, workdir, evals, fresh=True)
         workdirs.set_aside(workdir)
     if not config.statistics and not config.statistics_from and _all_random(config):
-        # a smoke test: nobody has measured its random teachers, so do that first
+        # a smoke test: nobody has measured its random teachers, so do that first, once
         config.statistics = str(workdir / "statistics")
         loop.check_run(config, workdir, evals)
-        measure_statistics(config, config.statistics)
+        if not (workdir / workdirs.CONFIG).exists():
+            measure_statistics(config, config.statistics)
     loop.train(
         config,
         workdir,

@@ -23,6 +23,7 @@ from eupe_jax.sharding.rules import shardings
 from eupe_jax.training import assemble, best, diagnosis, kernels, pipeline, program, summary, workdirs
 from eupe_jax.training.checkpoints import Checkpoints, abstract, read_manifest
 from eupe_jax.training.distributed import is_main
+from eupe_jax.training.divergence import ReplicaCheck
 from eupe_jax.training.health import Diverged, Health
 from eupe_jax.training.mesh_check import check_mesh
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics
@@ -115,6 +116,7 @@ def _train(
     if restored is not None:
         state = restored
         LOGGER.info("resumed from step %d", int(state["step"]))
+        workdirs.check_statistics(saver.directory / str(int(state["step"])), statistics_arrays)
     manifest = assemble.manifest(config, teachers, statistics)
     start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
     profiler = Profiler(profile, workdir / "profile", start=start, end=end)
@@ -143,6 +145,7 @@ def _train(
         write_whole(workdir / workdirs.DATA, json.dumps(data.facts, indent=2))
 
     # ---- the loop: metrics are read a step late, so the host runs ahead of the devices
+    replicas = ReplicaCheck(mesh)
     health = Health(workdir, config, data.describe, enabled=is_main())
     running = RunningMetrics(read_manifest(saver.directory / str(start)).get(SINCE_LOG) if start else None)
     writer = MetricWriter(workdir, resume_step=start, enabled=is_main())
@@ -215,6 +218,9 @@ def _train(
                 profiler.stop(state)
         bar.update()
         watchdog.stepped(done)
+        if config.faults.fingerprint_every and done % config.faults.fingerprint_every == 0:
+            with timing.part("wait"), watchdog.paused():
+                replicas.check(done, {"students": state["students"], "teachers": teachers.variables})
         leaving = preemption.requested(done) and done < end
         due = evals_due(evals, done, config.total_steps)
         if leaving or due or done == end:  # saved before it evaluates: a run that is killed while it does loses nothing

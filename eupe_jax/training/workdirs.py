@@ -12,6 +12,8 @@ from etils import epath
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from ml_collections import ConfigDict
 
+from eupe_jax.training.checkpoints import restore_item
+
 LOGGER = logging.getLogger(__name__)
 
 CONFIG, DATA = "config.json", "data.json"
@@ -68,6 +70,27 @@ def check_data(workdir: epath.Path, facts: Mapping[str, Mapping]) -> None:
         raise ValueError(
             f"{workdir} holds a run on other data: bring it back, or choose another workdir: "
             + "; ".join(f"{field} was {old!r}, not {new!r}" for field, old, new in differences)
+        )
+
+
+def check_statistics(step: epath.Path, statistics: Mapping[str, Mapping]) -> None:
+    """Refuses to go on from the checkpoint in `step` with other statistics of teachers: other targets.
+
+    Raises:
+      ValueError: names the teachers.
+    """
+    held = restore_item(step, "statistics")
+    changed = [
+        name
+        for name, arrays in statistics.items()
+        for what, kinds in arrays.items()
+        for kind, value in kinds.items()
+        if not np.array_equal(held[name][what][kind], value)
+    ]
+    if changed:
+        raise ValueError(
+            f"the statistics of teacher(s) {', '.join(dict.fromkeys(changed))} are not those that {step} was trained "
+            "with: its targets would change; bring the files back that config.statistics named, measured for this run"
         )
 
 

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
 import eupe_jax
 from configs import common
-from eupe_jax.distill.normalization import StatisticsMismatch
+from eupe_jax.distill.normalization import Statistics, StatisticsMismatch
 from eupe_jax.models import interchange
 from eupe_jax.sharding import rules
 from eupe_jax.sharding.mesh import make_mesh
@@ -239,6 +240,30 @@ def test_statistics_of_another_teacher_are_refused(whole_run, tmp_path):
         train(other, tmp_path)
     other.statistics, other.statistics_from = "", config.statistics
     train(other, tmp_path, stop_at=1)
+
+
+def test_other_statistics_in_the_same_workdir_are_refused(whole_run):
+    """They may have been measured again, into the same folder."""
+    config, workdir, _ = whole_run
+    step = checkpoints.step_directory(workdir)
+    arrays = {name: Statistics.load(epath.Path(config.statistics) / f"{name}.safetensors").arrays() for name in "ab"}
+    workdirs.check_statistics(step, arrays)
+    arrays["b"]["std"]["patches"] = arrays["b"]["std"]["patches"] * np.float32(1.01)
+    with pytest.raises(ValueError, match="the statistics of teacher.s. b are not those that .*/4 was trained with"):
+        workdirs.check_statistics(step, arrays)
+
+
+def test_a_run_is_set_aside_whole(whole_run, tmp_path):
+    config, workdir, _ = whole_run
+    run = epath.Path(shutil.copytree(workdir, tmp_path / "run"))
+    (run / "train.log").write_text("of the shell")
+    before = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert workdirs.set_aside(run) == run / "old.0"
+    assert sorted(path.name for path in run.iterdir()) == ["old.0", "train.log"], "nothing of the run is left"
+    assert {str(p.relative_to(run / "old.0")) for p in (run / "old.0").rglob("*")} == before - {"train.log"}
+    assert workdirs.set_aside(run) is None
+    (run / "config.json").write_text("{}")
+    assert workdirs.set_aside(run) == run / "old.1"
 
 
 def test_another_config_in_the_same_workdir_is_refused(whole_run):
