@@ -67,7 +67,8 @@ def test_two_processes(record, tmp_path):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], printed
-    said = [[line for line in out.splitlines() if line.startswith("after step")] for out, _ in printed]  # Gloo prints too
+    # Gloo prints as well
+    said = [[line for line in out.splitlines() if line.startswith("after step")] for out, _ in printed]
     cut, whole = said[0]
     assert "after step 2 not all copies of cut are the same: suspect device(s) " in cut
     assert "of host(s) 0, 1;" in cut, "there are two of each half"
