@@ -1,8 +1,10 @@
 """Checkpoints that are not what was written are refused, by the name of the file."""
 
+import errno
 import json
 import random
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -113,3 +115,27 @@ def test_checksums_name_no_file_outside(run, tmp_path):
     (step / CHECKSUMS).write_text(json.dumps(held))
     with pytest.raises(CorruptCheckpoint, match="checksums.json is damaged"):
         integrity.verify(checkpoints.absolute(step))
+
+
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(tmp_path, monkeypatch):
+    """And the checkpoints before it stay."""
+    saver = make_checkpoints(tmp_path)
+    saver.save(1, make_state(1), STATISTICS, {}, MANIFEST)
+    saver.wait()
+
+    def full(step):
+        raise OSError(errno.ENOSPC, "No space left on device", str(step))
+
+    monkeypatch.setattr(integrity, "seal", full)
+    saver.save(2, make_state(2), STATISTICS, {}, MANIFEST)
+    while saver.saving:
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="checkpoints/2 cannot be written: .*No space left.*those before it are as they"):
+        saver.check()
+    saver.close()
+    assert int(restored(tmp_path)["step"]) == 1
+    monkeypatch.undo()
+    saver = make_checkpoints(tmp_path)
+    saver.save(2, make_state(2), STATISTICS, {}, MANIFEST)
+    saver.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"], "no half save is left"
