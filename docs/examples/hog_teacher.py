@@ -19,7 +19,7 @@ class HogTeacher:
     resolution: side of its input, a multiple of `stride`. bins: directions of a half turn.
     """
 
-    def __init__(self, resolution: int, *, stride: int = 16, bins: int = 9, name: str = "hog"):
+    def __init__(self, resolution: int = 224, *, stride: int = 16, bins: int = 9, name: str = "hog"):
         if resolution % stride:
             raise ValueError(f"{name}: resolution {resolution} is not a multiple of the stride {stride}")
         self._bins = bins
