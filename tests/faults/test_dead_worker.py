@@ -17,7 +17,7 @@ from eupe_jax.distill.teacher_spec import TeacherSpec
 from tests.faults.commands import RECIPE, Command, assert_same_run, has_logged, logged_step
 
 pytestmark = pytest.mark.faults
-STEPS, KILLS = 60, 3
+STEPS, KILLS = 40, 3
 SECONDS = 60  # from the death to the end of the run: what is made ahead is trained on first
 
 TEACHER = '''
@@ -73,7 +73,7 @@ def command_fixture(tmp_path_factory, cache):
 
 
 def train(workdir, workers=2):
-    fields = {"total_steps": STEPS, "checkpoint.save_every": 4, "data.threads": 1, "data.workers": workers}
+    fields = {"total_steps": STEPS, "checkpoint.save_every": 8, "data.threads": 1, "data.workers": workers}
     return ("launch/train.py", RECIPE, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items()))
 
 
@@ -105,7 +105,7 @@ def error_line(command):
 def test_killed_workers_end_the_run_with_a_clear_line_and_lose_nothing(command, whole, tmp_path, record):
     workdir, moments = tmp_path / "run", random.Random(0)
     for kill in range(KILLS):
-        run, steps = command(*train(workdir)), 8 + 12 * kill
+        run, steps = command(*train(workdir)), 8 + 10 * kill
         assert run.wait_for(lambda steps=steps, run=run: has_logged(run, workdir, steps)), run.printed
         time.sleep(moments.uniform(0, 0.1))
         workers, began = data_workers(run), time.time()
@@ -124,7 +124,7 @@ def test_killed_workers_end_the_run_with_a_clear_line_and_lose_nothing(command, 
 def test_a_stuck_worker_is_reported_and_the_run_goes_on_with_it(command, whole, tmp_path, record):
     workdir = tmp_path / "run"
     run = command(*train(workdir, workers=1))
-    assert run.wait_for(lambda: has_logged(run, workdir, 16)), run.printed
+    assert run.wait_for(lambda: has_logged(run, workdir, 12)), run.printed
     (worker,) = data_workers(run)
     os.kill(worker, signal.SIGSTOP)
     try:
