@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import common
+from eupe_jax.data import feature_cache, feature_codec
 from eupe_jax.distill import losses
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.training import assemble, loop, pipeline
@@ -191,18 +192,27 @@ def steps_that_bring_it(config):
     return found
 
 
-def test_a_host_teacher_and_a_feature_cache(tmp_path, record):
+def test_a_host_teacher_and_a_feature_cache(tmp_path, monkeypatch, record):
     config = encoder_config()
     del config.teachers["a"]
     config.teachers.cells = common.host_teacher("tests.faults.spoilt_teacher:Cells", 48, spoilt=0, value="nan")
     config.statistics = str(tmp_path / "statistics")
     config.faults.max_skipped = STEPS + 1
     measure_statistics(config, config.statistics)
-    config.teachers.cells.kwargs.spoilt = 14
     cached = config.copy_and_resolve_references()
-    cached.teachers.cells.kwargs.value = "inf"
-    precompute(cached, tmp_path / "cache", views=1, precision="bf16", shards=1, teachers=[], progress=False)
+    precompute(cached, tmp_path / "cache", views=1, shards=1, progress=False)
     cached.data.feature_cache = str(tmp_path / "cache")
+    config.teachers.cells.kwargs.spoilt = 14
+    with pytest.raises(ValueError, match="cells.patches: features are not finite"):
+        precompute(config, tmp_path / "other", views=1, shards=1, progress=False)
+    record(KIND, phase="feature cache that is built", injected=1, detected=1, accepted=0)
+
+    def decode(key, arrays, out):
+        feature_codec.decode_features(key, arrays, out)
+        if key == "cells.patches" and arrays["index"] % 11 == 0:
+            out[2, 1, 3] = np.inf  # in memory: what is stored is checked
+
+    monkeypatch.setattr(feature_cache, "decode_features", decode)
     for phase, each in (("host teacher", config), ("feature cache", cached)):
         bad, workdir = steps_that_bring_it(each), tmp_path / phase
         assert 0 < len(bad) < STEPS, "some steps, not all"
