@@ -65,6 +65,10 @@ def _place_of(name: str, r2: R2, rows: Rows) -> list[str]:
                 f"from {best}): they bring something of their own, knowledge or noise; expect them to compete for the "
                 "student's capacity."
             )
+        elif found[best] >= ADDS_LITTLE:
+            lines.append(
+                f"The {WORDS[kind]} of {name} are all but contained in those of {best} (R2 {found[best]:.2f})."
+            )
         else:
             lines.append(f"The {WORDS[kind]} of {name} are partly in {best} (R2 {found[best]:.2f}), partly their own.")
     return lines
@@ -122,9 +126,9 @@ def _scales(rows: Rows) -> list[str]:
 
 def _limits(rows: Rows, images: int, folds: int) -> list[str]:
     lines = []
-    widest = max((row["width"] for row in rows if row["tokens"] == "cls"), default=0)
-    fitted = images * (folds - 1) // folds
-    if fitted < 2 * widest:
+    widths = [row["width"] for row in rows if row["tokens"] == "cls"]
+    widest, fitted = max(widths, default=0), images * (folds - 1) // folds
+    if len(widths) > 1 and fitted < 2 * widest:
         lines.append(
             f"Only {fitted} images to fit class tokens of up to {widest} coordinates: their R2 is lower than more "
             "images would give."
@@ -192,7 +196,7 @@ def _heat(axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str])
 
 def _bars(axes, names: Sequence[str], values: Sequence[float], text: Callable[[float], str]) -> None:
     """Horizontal bars with their values beside them, the first at the top."""
-    axes.barh(range(len(names)), values, color="#2f6f9f", height=0.6)
+    axes.barh(range(len(names)), values, color="#2f6f9f", height=0.2 * min(len(names), 3))
     for y, value in enumerate(values):
         axes.text(value, y, f" {text(value)}", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)

@@ -51,11 +51,11 @@ def test_what_it_prints_and_writes(folder, tmp_path):
     done = run(*command, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
     assert "66 images of" in done.stdout and "largest/median" in done.stdout
-    assert "coarse adds little that fine does not hold" in done.stdout
+    assert "The class tokens of coarse are all but contained in those of fine (R2 1.00)" in done.stdout
     with open(tmp_path / "out" / "pairs.csv") as file:
         pairs = {row["tokens"]: row for row in csv.DictReader(file)}
     assert float(pairs["cls"]["cka"]) == pytest.approx(1.0, abs=1e-3)  # both are the mean colour of the picture
-    assert float(pairs["patches"]["r2_one_to_other"]) > 0.8
+    assert 0.1 < float(pairs["patches"]["r2_one_to_other"]) < 0.8  # one of four fine patches is not their mean
     with open(tmp_path / "out" / "teachers.csv") as file:
         assert {(row["tokens"], row["teacher"], row["width"]) for row in csv.DictReader(file)} == {
             (kind, name, "3") for kind in ("cls", "patches") for name in ("fine", "coarse")
