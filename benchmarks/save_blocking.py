@@ -16,10 +16,10 @@ A host of a pod copies its own shards alone: GB is an upper bound for each.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
-import runpy
 import statistics
 import tempfile
 import time
@@ -119,7 +119,7 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/stage2_vitb.py", help="FILE or FILE:MODE")
+    parser.add_argument("--config", default="configs/stage2_vitb.py", help="a file of configs/: FILE or FILE:MODE")
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="steps before each save")
     parser.add_argument("--step-seconds", type=float, default=0.1098, help="of the training step that is to be saved")
@@ -128,7 +128,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     name, _, mode = args.config.partition(":")
-    config = runpy.run_path(name)["get_config"](*[mode] if mode else [])
+    recipe = importlib.import_module(".".join(Path(name).with_suffix("").parts))
+    config = recipe.get_config(*[mode] if mode else [])
     interval = config.checkpoint.save_every * args.step_seconds
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = summary(measure(config, folder, args.saves, args.steps), interval)
