@@ -126,7 +126,7 @@ def make_step(
         are means over images, so the mean of their gradients is the gradient of the whole, within rounding.
       per_pair: log losses under the name of `resolutions` as well; the average of a run's steps then is one a pair.
       spike_factor: more than 0, and the students' optimisers keep a `spikes.average_norm`: a step whose gradient's norm
-        is so many times that average, or whose loss is not finite, is not applied either.
+        is so many times that average is not applied either.
       mesh: devices the batch and the parameters are cut over; None on a single device.
 
     Returns:
@@ -138,7 +138,7 @@ def make_step(
         metrics: {"STUDENT/loss", "STUDENT/grad_norm", "STUDENT/skipped", "STUDENT/TEACHER/PART",
           "pair/RESOLUTIONS/STUDENT/loss" if `per_pair`}: float32 []. The pair's scale is in gradients, not in losses.
 
-      A student whose gradients are not finite keeps its parameters and its optimiser's moments ("skipped" is 1 then);
+      A student whose loss or gradients are not finite keeps its parameters and its optimiser's moments ("skipped" is 1 then);
       its learning rate goes on with the steps of the run, and the others of a family train on.
     """
     teacher_sides = dict(resolutions.teachers)
@@ -194,10 +194,9 @@ def make_step(
         gradients, metrics = _mean_over_parts(gradients_of, whole, accumulate, mesh)
 
         def is_sound(name: str, norm: jax.Array) -> jax.Array:
-            finite = jnp.isfinite(norm)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics[f"{name}/loss"])
             if not spike_factor:
                 return finite
-            finite &= jnp.isfinite(metrics[f"{name}/loss"])
             return finite & ~is_spike(state["students"][name]["optimizer"], norm, spike_factor)
 
         new_students = {}
@@ -214,7 +213,7 @@ def make_step(
 
 
 def _update(student: Student, old: Mapping, gradients: Any, sound: jax.Array) -> dict:
-    """The student after one step of its optimiser, or as it was where its gradients are not `sound`.
+    """The student after one step of its optimiser, or as it was where it is not `sound`.
 
     Only the schedule counts every step, so that its rate is that of the run's step, for all students alike; Adam counts
     the gradients it has seen, which is what its bias correction needs.

@@ -108,6 +108,22 @@ def test_nothing_is_a_spike_at_the_beginning_and_the_average_forgets():
     assert float(moved.average) == pytest.approx(7.0)
 
 
+def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradients_are_finite_and_there_is_no_rule(monkeypatch):
+    real = distill_step.distillation_loss
+
+    def infinite(*args):
+        value, found = real(*args)
+        return value + jnp.inf, found
+
+    monkeypatch.setattr(distill_step, "distillation_loss", infinite)
+    state, step, arguments = parts(factor=0.0, students=("small",))
+    after, metrics = jax.jit(step)(state, *arguments(state))
+    assert np.isfinite(metrics["small/grad_norm"]) and metrics["small/grad_norm"] > 0
+    assert not np.isfinite(metrics["small/loss"]) and metrics["small/skipped"] == 1
+    before, after = (jax.tree.leaves(each["students"]["small"]["params"]) for each in (state, after))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def test_switched_off_neither_state_nor_program_knows_of_it(monkeypatch):
     def never(*_):
         raise AssertionError("the rule is off")
