@@ -15,7 +15,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from ml_collections import ConfigDict
 
 from eupe_jax import files
-from eupe_jax.training.metrics import read_metrics
+from eupe_jax.training.metrics import in_bucket, read_metrics, upload_waiting
 
 FILE = "bad_steps.jsonl"
 READ = ("skipped", "loss", "grad_norm")
@@ -34,8 +34,8 @@ class Health:
 
     A step is bad for a student where its update was not applied, or its loss is not finite. WORKDIR/bad_steps.jsonl
     has a line for each: "step" (0-based: the one that `launch/replay.py --step` takes), "students": {name: {"applied",
-    "loss", "grad_norm"}} of those it was bad for, and what `describe(step)` tells of its batch. A resumed run that
-    comes to a step again writes no second line.
+    "loss", "grad_norm"}} of those it was bad for, and what `describe(step)` tells of its batch. A run that goes on from
+    a checkpoint takes the lines past it off the file: it comes to those steps again.
     """
 
     def __init__(
@@ -46,20 +46,21 @@ class Health:
         self._students, self._limit = tuple(config.students), config.faults.max_skipped
         self._describe, self._enabled = describe, enabled
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._written = self._written_before() if enabled else {}
+        self._text: list[str] = []  # of a file in a bucket, line by line
         self._in_a_row: dict[str, int] | None = None  # known once the first step is
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of the step (0-based) that was just dispatched; waits for nothing."""
         if self._in_a_row is None:
-            self._in_a_row = self._before(step)
+            self._in_a_row = self._before(step, self._lines_before(step) if self._enabled else [])
         kept = {f"{name}/{what}": metrics[f"{name}/{what}"] for name in self._students for what in READ}
         for value in kept.values():
             value.copy_to_host_async()
         self._pending.append((step, kept))
 
     def check(self, *, final: bool = False) -> None:
-        """Looks at every step added but the newest (`final`: including it).
+        """Looks at every step added but the newest (`final`: including it, because the run is about to be saved; every
+        line that was written until then is in the run's folder when this returns).
 
         Raises:
           Diverged: a student had `config.faults.max_skipped` bad steps in a row.
@@ -68,6 +69,8 @@ class Health:
         while len(self._pending) > keep:
             step, metrics = self._pending.pop(0)
             self._look(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
+        if final:
+            upload_waiting()
 
     def _look(self, step: int, found: Mapping[str, float]) -> None:
         bad = {}
@@ -81,7 +84,7 @@ class Health:
             bad[name] = {"applied": applied, "loss": _plain(loss), "grad_norm": _plain(norm)}
         if not bad:
             return
-        if self._enabled and step not in self._written:
+        if self._enabled:
             self._append({"step": step, "students": bad, **self._describe(step)})
         if students := tuple(name for name, count in self._in_a_row.items() if count >= self._limit):
             values = {name: f"loss {bad[name]['loss']}, gradient norm {bad[name]['grad_norm']}" for name in students}
@@ -95,30 +98,40 @@ class Health:
             )
 
     def _append(self, line: dict) -> None:
-        self._written[line["step"]] = tuple(line["students"])
+        if in_bucket(self._path):
+            self._text.append(_json_line(line))
+            files.write_whole(self._path, "".join(self._text))
+            return
         with files.naming(self._path), self._path.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
+            file.write(_json_line(line))
 
-    def _written_before(self) -> dict[int, tuple[str, ...]]:
-        """{step: students} of the file; a line that a kill cut short is taken off it."""
+    def _lines_before(self, step: int) -> list[dict]:
+        """Those of the file for steps before `step`; others are taken off it, and one that a kill cut short."""
         if not self._path.exists():
-            return {}
-        text = self._path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            files.write_whole(self._path, whole)
-        return {line["step"]: tuple(line["students"]) for line in read_metrics(self._path)}
+            return []
+        kept = [line for line in read_metrics(self._path) if line["step"] < step]
+        text = [_json_line(line) for line in kept]
+        if self._path.read_text() != "".join(text):
+            files.write_whole(self._path, "".join(text))
+        if in_bucket(self._path):
+            self._text = text
+        return kept
 
-    def _before(self, step: int) -> dict[str, int]:
+    def _before(self, step: int, lines: list[dict]) -> dict[str, int]:
         """How many steps in a row were bad for each student just before `step`, in the run that this one resumes."""
+        students = {line["step"]: line["students"] for line in lines}
         counts = []
         for name in self._students:
             first = step
-            while name in self._written.get(first - 1, ()):
+            while name in students.get(first - 1, ()):
                 first -= 1
             counts.append(step - first)
         counts = broadcast_one_to_all(np.asarray(counts, np.int32))  # only the first host has read the file
         return dict(zip(self._students, (int(count) for count in counts), strict=True))
+
+
+def _json_line(line: Mapping) -> str:
+    return json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _plain(value: float) -> float | str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 
@@ -12,6 +14,8 @@ from etils import epath
 
 from eupe_jax.files import naming, write_whole
 from eupe_jax.training.events import Events
+
+UPLOAD_SECONDS = 60.0  # how often lines for a bucket are uploaded between two saves, for those who look on
 
 
 class RunningMetrics:
@@ -74,7 +78,7 @@ class MetricWriter:
 
     What was computed stands in metrics.jsonl: a run that was stopped and resumed has the same lines as one that never
     stopped. How fast it went stands in timings.jsonl, which no two runs have alike. JSON has no NaN: what is not finite
-    is null there.
+    is null there. In a bucket both are uploaded before each save: see `upload_waiting`.
     """
 
     def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
@@ -104,30 +108,74 @@ class MetricWriter:
                 each.close()
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether it is an object, which is written whole or not at all: gcsfs takes "append" for "replace"."""
+    return "://" in str(path)
+
+
+def upload_waiting() -> None:
+    """Uploads all lines that wait for a bucket. To be called before a checkpoint is begun: a run that goes on from it
+    computes no line before it again.
+
+    Raises:
+      OSError: names the file.
+    """
+    for each in list(_WAITING):
+        each.upload()
+
+
 class _Lines:
     """A file of JSON lines, one a step.
 
     Resuming cuts lines from the step on that a stopped run had already written past its last checkpoint; what is
     written again at that very step, as an evaluation that is run again does, stands there once.
+
+    On a disk a line is written at once. Objects of a bucket do not grow: there the whole file is, by `upload_waiting`,
+    when it is closed, and now and then.
     """
 
     def __init__(self, path: epath.Path, resume_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         self._there = [line for line in kept if line["step"] == resume_step]
-        write_whole(path, "".join(_json_line(line) for line in kept))
-        self._path, self._file = path, path.open("a")
+        self._written = [_json_line(line) for line in kept]
+        self._uploaded, self._uploaded_at = len(kept), time.monotonic()
+        write_whole(path, "".join(self._written))
+        self._path, self._file = path, None
+        if in_bucket(path):
+            _WAITING.add(self)
+        else:
+            self._written.clear()
+            self._file = path.open("a")
 
     def append(self, line: dict) -> bool:
         """Whether the line was new."""
         if line in self._there:
             return False
+        if self._file is None:
+            self._written.append(_json_line(line))
+            if time.monotonic() - self._uploaded_at > UPLOAD_SECONDS:
+                self.upload()
+            return True
         with naming(self._path):
             self._file.write(_json_line(line))
             self._file.flush()
         return True
 
+    def upload(self) -> None:
+        """To a bucket, if it lacks a line."""
+        if len(self._written) > self._uploaded:
+            write_whole(self._path, "".join(self._written))
+            self._uploaded, self._uploaded_at = len(self._written), time.monotonic()
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            return
+        _WAITING.discard(self)
+        self.upload()
+
+
+_WAITING: "weakref.WeakSet[_Lines]" = weakref.WeakSet()  # files in buckets that are open
 
 
 def _json_line(line: dict) -> str:

@@ -61,7 +61,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_student(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_loss_that_is_not_finite_is_bad_though_its_gradients_are_applied(tmp_path):
+def test_a_loss_that_is_not_finite_is_bad_even_if_the_step_says_that_it_was_applied(tmp_path):
     health = watched(tmp_path)
     health.add(0, metrics(vit=1.0) | {"vit/loss": jnp.float32("inf")})
     health.check(final=True)
@@ -77,6 +77,14 @@ def test_a_resumed_run_doubles_no_line_and_counts_on(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     with pytest.raises(Diverged, match="up to step 3"):
         feed(watched(tmp_path), [NAN, 1.0], start=3)
+
+
+def test_lines_past_the_step_that_a_run_goes_on_from_are_taken_off(tmp_path):
+    feed(watched(tmp_path, limit=9), [1.0, NAN, 1.0, NAN, NAN, 1.0])
+    feed(watched(tmp_path), [1.0] * 4, start=3)  # what was bad is good now: another number of devices
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    feed(watched(tmp_path), [NAN, NAN, 1.0], start=5)  # two in a row, not four
+    assert [line["step"] for line in lines(tmp_path)] == [1, 5, 6]
 
 
 def test_hosts_that_do_not_write_raise_alike(tmp_path):
