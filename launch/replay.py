@@ -14,6 +14,7 @@ from etils import epath
 from eupe_jax import files
 from eupe_jax.training import distributed
 from eupe_jax.training import replay as replaying
+from eupe_jax.training.preemption import Preemption
 from launch import cli, processes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run (local or gs://)")
@@ -29,9 +30,10 @@ def main() -> None:
     workdir, step = cli.require(WORKDIR, "workdir"), cli.require(STEP, "step")
     if SAVE_BATCH.value and not SAVE_BATCH.value.endswith(".npz"):
         raise ValueError(f"--save_batch={SAVE_BATCH.value} must end in .npz")
-    processes.join()
-    found = replaying.replay(workdir, step)
-    arrays = replaying.arrays_of(found.batch) if SAVE_BATCH.value else {}
+    with Preemption() as preemption:  # SIGTERM ends it at once: there is nothing to save
+        processes.join(preemption)
+        found = replaying.replay(workdir, step)
+        arrays = replaying.arrays_of(found.batch) if SAVE_BATCH.value else {}
     if not distributed.is_main():
         return
     for line in replaying.in_lines(found):

@@ -48,20 +48,24 @@ def replay(workdir: epath.PathLike, step: int) -> Replayed:
     """Runs step `step` (0-based) of the run in `workdir` again; all of its hosts must call it alike.
 
     Raises:
-      FileNotFoundError: there is no run. ValueError: the run has no such step, its data are not there any more, or the
-        checkpoint does not fit. CorruptCheckpoint: its files are not those that were written.
+      FileNotFoundError: there is no run. ValueError: the run has no such step, its data or its statistics are not there any
+        more, or the checkpoint does not fit. CorruptCheckpoint: its files are not those that were written.
     """
     workdir = checkpoints.absolute(workdir)
     config = read_config(workdir)
     if not 0 <= step < config.total_steps:
         raise ValueError(f"--step={step} is no step of {workdir}: its steps are 0 to {config.total_steps - 1}")
+    config.checkpoint.keep_best = 0  # no evaluation is run, and nothing is saved
     config, mesh = loop.check_run(config, workdir, [])
     data = pipeline.Data(config)
     workdirs.check_data(workdir, data.facts)
     teachers = assemble.load_teachers(config, mesh)
     found = assemble.find_statistics(config, teachers.by_name)
-    statistics = jax.device_put({name: each.arrays() for name, each in found.items()}, replicated(mesh))
+    arrays = {name: each.arrays() for name, each in found.items()}
     start, state = restore(workdir, config, teachers, mesh, step)
+    if start:
+        workdirs.check_statistics(workdir / "checkpoints" / str(start), arrays)
+    statistics = jax.device_put(arrays, replicated(mesh))
 
     students = assemble.make_students(config, teachers.by_name, mesh)
     steps = program.make_steps(config, students, teachers.by_name, mesh, shardings(state, mesh))
