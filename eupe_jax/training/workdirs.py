@@ -109,7 +109,14 @@ def set_aside(workdir: epath.Path) -> epath.Path | None:
 
     Returns:
       The folder that it is in now, on the first process.
+
+    Raises:
+      ValueError: a bucket, where nothing is moved at once.
     """
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--fresh moves folders, which buckets do not do at once: choose another workdir than {workdir}"
+        )
     old = None
     if jax.process_index() == 0 and (there := [name for name in OF_A_RUN if (workdir / name).exists()]):
         numbers = [int(p.name[4:]) for p in workdir.iterdir() if p.name.startswith("old.") and p.name[4:].isdigit()]
