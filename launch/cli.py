@@ -10,7 +10,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from eupe_jax.training.preemption import RESUME_ME, Preempted
+from eupe_jax.training.preemption import RESUME_ME, ResumeMe
 
 BAD_INPUT = 2  # exit status
 
@@ -81,7 +81,8 @@ def set_up_logging() -> None:
 
 def run(main: Callable[[], None], *, arguments: bool = False) -> None:
     """Runs `main()` under absl. Bad input ends in the error's notes, if any, one line and status 2; EUPE_TRACEBACK=1
-    shows the stack as well. A run that was told to leave, and saved, ends in one line and status RESUME_ME.
+    shows the stack as well. `ResumeMe`, as of a run that was told to leave, and saved, ends in one line and status
+    RESUME_ME.
 
     `arguments`: whether the command takes anything besides flags.
     """
@@ -93,8 +94,8 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
         set_up_logging()
         try:
             main()
-        except Preempted as notice:
-            print(f"{notice}: run the same command again to go on", file=sys.stderr)
+        except ResumeMe as notice:
+            print(f"{notice}: {notice.again} to go on", file=sys.stderr)
             sys.exit(RESUME_ME)
         except EXPECTED_ERRORS as error:
             if os.environ.get("EUPE_TRACEBACK"):

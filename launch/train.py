@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from eupe_jax.training import distributed, loop, profiling, workdirs
 from eupe_jax.training.host_memory import keep_freed_memory
 from eupe_jax.training.measure import measure_statistics
-from eupe_jax.training.preemption import GRACE_SECONDS, Preemption
+from eupe_jax.training.preemption import AGAIN, GRACE_SECONDS, Preemption
 from launch import cli, processes
 from launch.training_evals import training_evals
 
@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | No
     if FRESH.value:
         loop.check_run(config, workdir, evals, fresh=True)
         workdirs.set_aside(workdir)
+        preemption.again = f"{AGAIN}, now without --fresh,"  # which would begin once more
     if not config.statistics and not config.statistics_from and _all_random(config):
         # a smoke test: nobody has measured its random teachers, so do that first, once
         config.statistics = str(workdir / "statistics")

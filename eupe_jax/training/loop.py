@@ -230,7 +230,7 @@ def _train(
         else:
             saver.check()
         if leaving:
-            raise Preempted(f"{workdir} is saved at step {done}")
+            raise Preempted(f"{workdir} is saved at step {done}", preemption.again)
         if due:
             evaluate(due, done)
     return state
@@ -254,7 +254,7 @@ def _close_at_end(opened: contextlib.ExitStack, each: Any) -> None:
     """Closes it when `opened` ends; an error of doing so never hides the one that ended the run."""
 
     def close(_kind: object, error: BaseException | None, _traceback: object) -> None:
-        if is_lost(error):
+        if jax.process_count() > 1 and is_lost(error):
             return  # another process has gone: some would wait for it
         try:
             each.close()

@@ -21,6 +21,7 @@ from types import TracebackType
 LOGGER = logging.getLogger(__name__)
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h, "run the same command again"
+AGAIN = "run the same command again"
 GRACE_SECONDS = 25.0  # clouds give 30
 EAR_SECONDS = 0.5  # how often a process asks whether another one was told
 # A process that leaves while others wait for it in a collective makes them fail. They are all told within a second or
@@ -29,16 +30,24 @@ LINGER_SECONDS, LINGER_SECONDS_FIRST = 1.5, 3.0
 # Where JAX 0.10's preemption service (XLA's preemption_sync_manager.cc) notes that one of the processes was told.
 NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
 
-# How JAX's errors read when the process at the other end is gone.
+# How JAX's errors read when the process at the other end is gone; and those of any connection, a bucket's as well.
 _LOST = re.compile(
-    r"Gloo \w+ failed|connection (was )?(closed|reset|refused)|socket closed|heartbeat|coordination service|"
-    r"barrier (failed|timed out)|broken pipe|task .*(died|crashed|unhealthy)",
+    r"Gloo \w+ failed|heartbeat|coordination service|barrier (failed|timed out)|task .*(died|crashed|unhealthy)",
     re.IGNORECASE,
 )
+_CUT_OFF = re.compile(r"connection (was )?(closed|reset|refused)|socket closed|broken pipe", re.IGNORECASE)
 
 
-class Preempted(Exception):
-    """The run was told to leave, and all of it is saved: the same command resumes it."""
+class ResumeMe(Exception):
+    """Nothing is wrong with the run, but it cannot go on now. `again`: what resumes it, in words."""
+
+    def __init__(self, message: str, again: str = AGAIN) -> None:
+        super().__init__(message)
+        self.again = again
+
+
+class Preempted(ResumeMe):
+    """The run was told to leave, and all of it is saved."""
 
 
 class Preemption:
@@ -53,6 +62,7 @@ class Preemption:
 
     def __init__(self, grace: float = GRACE_SECONDS, leave: Callable[[int], None] = os._exit) -> None:
         """grace: seconds from the notice to the end. leave: how to end the process, at once and from any thread."""
+        self.again = AGAIN  # what resumes the run, in words
         self._grace, self._leave = grace, leave
         self._noticed: float | None = None
         self._to_save = False
@@ -86,10 +96,12 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._joined and isinstance(error, Exception) and not isinstance(error, Preempted):
+        of_its_own = error is not None and not isinstance(error, ResumeMe)
+        if self._joined and of_its_own and isinstance(error, Exception):
             self._leave_if_others_did(error)
         with self._changed:
-            self._closed = not (self._joined and self._noticed)  # else it still sees to it that leaving takes no longer
+            # else it still sees to it that leaving takes no longer
+            self._closed = of_its_own or not (self._joined and self._noticed)
             self._changed.notify_all()
         if self._closed:
             self._leaver.join()
@@ -115,17 +127,11 @@ class Preemption:
 
     @contextlib.contextmanager
     def something_to_save(self) -> Iterator[None]:
-        """Around the training loop, whose steps would be lost; once it is left by `Preempted`, until the end, so that
-        all is closed in peace."""
-        before, leaving = self._set_to_save(True), False
-        try:
-            yield
-        except Preempted:
-            leaving = True
-            raise
-        finally:
-            if not leaving:
-                self._set_to_save(before)
+        """Around the training loop, whose steps would be lost; once it is left by an error, `Preempted` or another,
+        until the end, so that all is closed in peace and the status is that of the error."""
+        before = self._set_to_save(True)
+        yield
+        self._set_to_save(before)
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
@@ -173,7 +179,7 @@ class Preemption:
                 left = self._left()
                 if left is not None and left <= 0:
                     why = "the grace period is over" if self._to_save else "nothing is to be saved now"
-                    LOGGER.warning("%s: status %d, run the same command again to go on", why, RESUME_ME)
+                    LOGGER.warning("%s: status %d, %s to go on", why, RESUME_ME, self.again)
                     self._leave(RESUME_ME)
                     return
                 self._changed.wait(left)
@@ -185,20 +191,37 @@ class Preemption:
         return self._noticed + (self._grace if self._to_save else min(self._linger, self._grace)) - time.monotonic()
 
     def _leave_if_others_did(self, error: Exception) -> None:
-        if self._noticed is None and not is_lost(error):
+        if not is_lost(error) and not (self._noticed and _is_of_jax(error)):  # which may read in any way
             return
         why = "the others have left" if self._noticed else "another process of this run has ended or is out of reach"
         LOGGER.error(
-            "%s (%s): status %d, run the same command again on all hosts to go on from the last checkpoint",
-            why, " ".join(str(error).split())[:300], RESUME_ME,
+            "%s (%s): status %d, %s on all hosts to go on from the last checkpoint",
+            why, " ".join(str(error).split())[:300], RESUME_ME, self.again,
         )  # fmt: skip
         self._leave(RESUME_ME)  # at once: JAX would wait at its end for those that are gone
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether JAX raised this because another process has gone."""
-    while error is not None:
-        if isinstance(error, ValueError | RuntimeError) and _LOST.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
+    """Whether JAX raised this because another process has gone. (Checkpoints make an OSError of it, and of a bucket
+    that cannot be reached.)"""
+    of_storage = False
+    for each in _causes(error):
+        of_storage |= isinstance(each, OSError)
+        if isinstance(each, ValueError | RuntimeError):
+            if _LOST.search(str(each)) or (not of_storage and _CUT_OFF.search(str(each))):
+                return True
     return False
+
+
+def _is_of_jax(error: BaseException) -> bool:
+    """Whether JAX's run time raised this, or what it came of."""
+    from jax.errors import JaxRuntimeError
+
+    return any(isinstance(each, JaxRuntimeError) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, then what it came of, as a traceback has them."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

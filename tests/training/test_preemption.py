@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 
+import jax
 import pytest
 
 from eupe_jax.training.preemption import RESUME_ME, Preempted, Preemption, is_lost
@@ -64,6 +65,16 @@ def test_a_run_that_has_saved_and_leaves_closes_in_peace():
     assert not left
 
 
+def test_it_says_what_resumes_the_run(caplog):
+    left = []
+    with Preemption(grace=60, leave=left.append) as preemption:
+        preemption.again = "run the same command again, now without --fresh,"
+        notice()
+        assert until(lambda: left)
+    assert "status 75, run the same command again, now without --fresh, to go on" in caplog.text
+    assert Preempted("saved", preemption.again).again == preemption.again
+
+
 def test_a_loop_that_does_not_come_by_ends_with_the_grace_period():
     left = []
     with Preemption(grace=0.3, leave=left.append) as preemption, preemption.something_to_save():
@@ -92,6 +103,45 @@ def test_errors_that_say_that_another_process_has_gone(message, lost):
     wrapped = OSError("checkpoint 3 cannot be written")
     wrapped.__cause__ = ValueError(message)
     assert is_lost(wrapped) == lost and not is_lost(None)
+
+
+def test_a_bucket_that_cannot_be_reached_is_no_process_that_has_gone():
+    error = OSError("checkpoint 3 cannot be written: connection reset by peer")
+    error.__cause__ = ValueError("UNAVAILABLE: Connection reset by peer [tensorstore_spec=...]")
+    assert not is_lost(error) and is_lost(error.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "leaves"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: whatever it says"), True, True),
+        (jax.errors.JaxRuntimeError("INTERNAL: whatever it says"), False, False),
+        (OSError("checkpoint 3 cannot be written: no space left on device"), True, False),
+        (ValueError("3 steps in a row did the students no good"), True, False),
+        (RuntimeError("Gloo AllReduce failed: connection closed by peer"), False, True),
+        (Preempted("saved"), True, False),
+    ],
+)
+def test_what_follows_from_the_leaving_of_others_leaves_too(error, told, leaves):
+    left = []
+    with pytest.raises(type(error)), Preemption(grace=0.5, leave=left.append) as preemption:
+        preemption._joined = True  # JAX's service tells others, and they it: here by hand
+        with preemption.something_to_save():
+            if told:
+                preemption._notice()
+            raise error
+    assert bool(left) == leaves, "with the status of its own error"
+    preemption._leaver.join()
+
+
+def test_an_error_in_the_farewell_save_has_its_own_status():
+    left = []
+    with pytest.raises(OSError, match="no space"), Preemption(grace=60, leave=left.append) as preemption:
+        with preemption.something_to_save():
+            notice()
+            assert until(lambda: preemption.requested(1))
+            raise OSError("no space left on device")
+    assert not left
 
 
 def test_other_signals_are_no_notice():
