@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from eupe_jax.data.order import hash_words, record_index
 from eupe_jax.data.sources import riegeli, storage
 from eupe_jax.data.sources.base import RecordError, is_plain_name
 from eupe_jax.data.teacher_stage import Background
+from eupe_jax.data.threads import for_each
 from eupe_jax.distill.teacher_spec import TeacherSpec
 from eupe_jax.hashing import sha256_file
 
@@ -173,8 +173,7 @@ class FeatureCache:
                 for kind, out in kinds.items():
                     decode_features(f"{name}.{kind}", arrays, out[j])
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(fill, range(b)))
+        for_each(fill, range(b), threads=self._threads, name="feature-cache")
         return {"image": image, "index": index, "features": features}
 
     def entries_of_step(self, step: int, batch_size: int, seed: int) -> np.ndarray:

@@ -9,10 +9,11 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 
 import numpy as np
 
+from eupe_jax.data import threads
 from eupe_jax.distill.host_teachers import HostTeacher, check_features
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,9 @@ def run_teachers(teachers: Mapping[str, HostTeacher], images: np.ndarray) -> Fea
     Teachers run at the same time: with one thread each, two share two cores without waiting for one another.
     Raises ValueError when a teacher fails or its output is not what its spec says.
     """
-    with ThreadPoolExecutor(len(teachers) or 1) as pool:
-        pending = {name: pool.submit(teacher, images) for name, teacher in teachers.items()}
-        features = {name: _result(name, future) for name, future in pending.items()}
+    pending = {name: threads.start(teacher, images, name=f"teacher {name}") for name, teacher in teachers.items()}
+    wait(pending.values())
+    features = {name: _result(name, future) for name, future in pending.items()}
     for name, teacher in teachers.items():
         check_features(teacher.spec, features[name], len(images))
     return features

@@ -4,18 +4,21 @@ tensorboardX's own writer fills a queue; once the thread that empties it has met
 Here the next write raises what went wrong.
 """
 
+import queue
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait
 
 from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from eupe_jax.data import threads
 from eupe_jax.files import naming
 
 FLUSH_SECONDS = 120.0
+PATIENCE = 60.0  # seconds that closing waits for what is still to be written
 
 
 class Events:
@@ -27,35 +30,35 @@ class Events:
         folder.mkdir(parents=True, exist_ok=True)
         with naming(folder):
             self._file = EventsWriter(str(folder / "events"), filename_suffix=f".{resume_step}")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
         # TensorBoard forgets what a stopped run had already written past its last checkpoint.
         forget = Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._last: Future = self._thread.submit(self._write, [forget], None)
+        self._coming: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()  # None: the end
+        self._coming.put([forget])
+        self._written = threads.start(self._write_all, name="tensorboard")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Raises OSError, naming the folder, where an earlier write failed."""
-        if self._last.done():
+        if self._written.done():
             self._raise()
-        events = [Event(step=step, summary=summary.scalar(name, value)) for name, value in scalars.items()]
-        self._last = self._thread.submit(self._write, events, self._last)
+        self._coming.put([Event(step=step, summary=summary.scalar(name, value)) for name, value in scalars.items()])
 
     def close(self) -> None:
-        """Raises OSError as `write` does."""
-        self._thread.shutdown()
+        """Raises OSError as `write` does, also where writing hangs: its thread is left behind then."""
+        self._coming.put(None)
+        if not wait([self._written], PATIENCE).done:
+            raise TimeoutError(f"{self._folder} has taken no events for {PATIENCE:g} s: the last ones are lost")
         self._raise()
-        with naming(self._folder):
-            self._file.close()
 
-    def _write(self, events: list[Event], previous: Future | None) -> None:
-        if previous is not None:
-            previous.result()  # what went wrong is not written over
-        for event in events:
-            event.wall_time = time.time()
-            self._file.write_event(event)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
+    def _write_all(self) -> None:
+        while (events := self._coming.get()) is not None:
+            for event in events:
+                event.wall_time = time.time()
+                self._file.write_event(event)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+        self._file.close()
 
     def _raise(self) -> None:
         with naming(self._folder):
-            self._last.result()
+            self._written.result()
