@@ -19,7 +19,7 @@ import numpy as np
 from eupe_jax.data.host import REASONS, HostConfig, RecordReader
 from eupe_jax.data.mixture import Mixing, Mixture
 from eupe_jax.data.order import hash_words, record_index
-from eupe_jax.data.processes import GRACE, end_with_parent, how_it_ended
+from eupe_jax.data.processes import end_with_parent, how_it_ended
 from eupe_jax.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,10 @@ class Loader:
         if self._workers:
             _mark_flags_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers)
-            dataset = dataset.mp_prefetch(options, worker_init_fn=lambda index, count: end_with_parent(grace=GRACE))
+            # grain ends its workers by SIGKILL, also at the exit of a process that did not close them
+            dataset = dataset.mp_prefetch(
+                options, worker_init_fn=lambda index, count: end_with_parent(through_notices=True)
+            )
         return _Stream(iter(dataset), parts, shape, list(self.sources), self.counts, self._workers)
 
 

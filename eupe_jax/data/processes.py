@@ -6,36 +6,28 @@ import os
 import signal
 import threading
 
-GRACE = 25.0  # seconds; schedulers give 30 from their notice to the kill
 
-
-def end_with_parent(*, grace: float = 0.0) -> None:
+def end_with_parent(*, through_notices: bool = False) -> None:
     """Call it in a worker: it ends at once when its parent does, also when the parent was killed and could tell nobody.
 
     Otherwise a worker that waits for work would wait, and hold its memory, for ever. On SIGUSR1 it prints the stacks of
     its threads, as a stalled run asks it to.
 
-    grace: seconds from SIGTERM to its end. A notice goes to all processes of a job, and whoever began the worker may
-    need it until all is saved.
+    through_notices: SIGTERM does not end it. A notice goes to all processes of a job, and whoever began the worker
+    needs it until all is saved, however long that may take. Whoever does so ends it by another signal.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    if grace:
-        signal.signal(signal.SIGTERM, lambda number, _: _end_in(grace, 128 + number))
+    if through_notices:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch() -> None:
         parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
-
-
-def _end_in(seconds: float, status: int) -> None:
-    timer = threading.Timer(seconds, os._exit, (status,))
-    timer.daemon = True
-    timer.start()
 
 
 _HINTS = {

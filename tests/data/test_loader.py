@@ -286,6 +286,11 @@ def test_a_dead_worker_is_an_error_and_no_hang(numbered):
     next(batches)
     victims = multiprocessing.active_children()
     assert len(victims) == 2
+    for victim in victims:  # a notice to all processes of the job ends none: the run still needs them
+        os.kill(victim.pid, signal.SIGTERM)
+    next(batches)
+    time.sleep(0.5)
+    assert all(victim.is_alive() for victim in victims)
     os.kill(victims[-1].pid, signal.SIGKILL)
     began, said = time.time(), rf"data worker \(process {victims[-1].pid}, one of .*workers=2\) was killed by SIGKILL"
     with pytest.raises(ChildProcessError, match=said):
