@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import faulthandler
+import fcntl
 import os
 import re
 import signal
@@ -127,7 +129,24 @@ def _explain_aborts() -> None:
     if _on_abort is None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)  # kept: C holds no reference
-        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, _on_abort)
+        _bound_aborts(libc)
+
+
+def _bound_aborts(libc: ctypes.CDLL) -> None:
+    """Has an abort end the process also where a thread that stays in compiled code keeps Python, which `_aborted` then
+    waits for. All of it is C and the kernel: faulthandler comes first and writes what it finds into a pipe, which sends
+    SIGUSR2, which sets an alarm in as many seconds as it has for a number (12)."""
+    if sys.platform != "linux" or faulthandler.is_enabled():  # it has been asked to write where a person reads
+        return
+    reading, writing = os.pipe()  # open to the end; what does not go into it is dropped
+    os.set_blocking(writing, False)
+    libc.signal(signal.SIGUSR2, libc.alarm)
+    fcntl.fcntl(reading, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(reading, fcntl.F_SETSIG, signal.SIGUSR2)
+    fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+    faulthandler.enable(writing, all_threads=False)
 
 
 _on_abort: Callable | None = None

@@ -107,6 +107,23 @@ def test_two_bare_processes(phase, number, victim, tmp_path, record):
         record(kind, phase=f"{phase}, one of two", injected=1, detected=1, accepted=0)
 
 
+def test_an_abort_ends_the_process_whatever_keeps_python():
+    """A thread of C aborts while the main thread stays in compiled code, and holds the interpreter."""
+    program = """
+import ctypes, sys
+from eupe_jax.training import distributed
+
+distributed._explain_aborts()
+libc, held, thread = ctypes.CDLL(None), ctypes.PyDLL(None), ctypes.c_ulong()
+sys.setswitchinterval(1000)
+held.pthread_create(ctypes.byref(thread), None, libc.abort, None)
+while True:
+    held.sleep(100)
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert process.returncode == -signal.SIGALRM, process.stderr
+
+
 class Pair:
     """launch/train.py in two processes with a device each."""
 
