@@ -138,8 +138,8 @@ def make_step(
         metrics: {"STUDENT/loss", "STUDENT/grad_norm", "STUDENT/skipped", "STUDENT/TEACHER/PART",
           "pair/RESOLUTIONS/STUDENT/loss" if `per_pair`}: float32 []. The pair's scale is in gradients, not in losses.
 
-      A student whose loss or gradients are not finite keeps its parameters and its optimiser's moments ("skipped" is 1 then);
-      its learning rate goes on with the steps of the run, and the others of a family train on.
+      A student whose loss or gradients are not finite keeps its parameters and its optimiser's moments ("skipped" is 1
+      then); its learning rate goes on with the steps of the run, and the others of a family train on.
     """
     teacher_sides = dict(resolutions.teachers)
     scale = dict(loss.pair_scale).get(str(resolutions), 1.0)

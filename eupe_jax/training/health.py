@@ -15,7 +15,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from ml_collections import ConfigDict
 
 from eupe_jax import files
-from eupe_jax.training.metrics import in_bucket, read_metrics, upload_waiting
+from eupe_jax.training.metrics import in_bucket, read_metrics, replace_lines, upload_waiting
 
 FILE = "bad_steps.jsonl"
 READ = ("skipped", "loss", "grad_norm")
@@ -100,7 +100,7 @@ class Health:
     def _append(self, line: dict) -> None:
         if in_bucket(self._path):
             self._text.append(_json_line(line))
-            files.write_whole(self._path, "".join(self._text))
+            replace_lines(self._path, self._text)
             return
         with files.naming(self._path), self._path.open("a") as file:
             file.write(_json_line(line))
@@ -112,7 +112,7 @@ class Health:
         kept = [line for line in read_metrics(self._path) if line["step"] < step]
         text = [_json_line(line) for line in kept]
         if self._path.read_text() != "".join(text):
-            files.write_whole(self._path, "".join(text))
+            replace_lines(self._path, text)
         if in_bucket(self._path):
             self._text = text
         return kept

@@ -113,6 +113,19 @@ def in_bucket(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
+def replace_lines(path: epath.Path, lines: list[str]) -> None:
+    """Replaces a file whole, with these lines.
+
+    Raises:
+      OSError: names the file.
+    """
+    if not in_bucket(path):
+        write_whole(path, "".join(lines))
+        return
+    with naming(path):
+        path.write_text("".join(lines))  # an object is there once all of it has arrived; renaming one takes requests
+
+
 def upload_waiting() -> None:
     """Uploads all lines that wait for a bucket. To be called before a checkpoint is begun: a run that goes on from it
     computes no line before it again.
@@ -139,7 +152,7 @@ class _Lines:
         self._there = [line for line in kept if line["step"] == resume_step]
         self._written = [_json_line(line) for line in kept]
         self._uploaded, self._uploaded_at = len(kept), time.monotonic()
-        write_whole(path, "".join(self._written))
+        replace_lines(path, self._written)
         self._path, self._file = path, None
         if in_bucket(path):
             _WAITING.add(self)
@@ -164,7 +177,7 @@ class _Lines:
     def upload(self) -> None:
         """To a bucket, if it lacks a line."""
         if len(self._written) > self._uploaded:
-            write_whole(self._path, "".join(self._written))
+            replace_lines(self._path, self._written)
             self._uploaded, self._uploaded_at = len(self._written), time.monotonic()
 
     def close(self) -> None:

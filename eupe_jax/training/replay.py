@@ -48,8 +48,8 @@ def replay(workdir: epath.PathLike, step: int) -> Replayed:
     """Runs step `step` (0-based) of the run in `workdir` again; all of its hosts must call it alike.
 
     Raises:
-      FileNotFoundError: there is no run. ValueError: the run has no such step, its data or its statistics are not there any
-        more, or the checkpoint does not fit. CorruptCheckpoint: its files are not those that were written.
+      FileNotFoundError: there is no run. ValueError: the run has no such step, its data or its statistics are not there
+        any more, or the checkpoint does not fit. CorruptCheckpoint: its files are not those that were written.
     """
     workdir = checkpoints.absolute(workdir)
     config = read_config(workdir)

@@ -6,13 +6,13 @@ import pickle
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 from source_files import make_images, prepare_tfds, write_array_records, write_folder, write_parquet, write_tars
 
 from eupe_jax.data.sources import Changed, Unavailable, open_source, storage
 from eupe_jax.data.sources.record_codec import pack_record
+from tests.buckets import running_emulator
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
 
@@ -45,30 +45,8 @@ def emulator():
     """Address of a running emulator."""
     pytest.importorskip("gcsfs", reason="gcsfs is not installed")
     pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # As it comes it answers one connection at a time, and gcsfs keeps several open.
-    code = (
-        "import http.server as h; h.HTTPServer = h.ThreadingHTTPServer; "
-        "from gcp_storage_emulator.__main__ import main; main()"
-    )
-    arguments = ["start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=data"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(300):
-            try:
-                socket.create_connection(("127.0.0.1", port), 0.2).close()
-                break
-            except OSError:
-                assert process.poll() is None, "the emulator ended"
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
+    with running_emulator() as address:
+        yield address
 
 
 @pytest.fixture(params=["gs", "memory"])

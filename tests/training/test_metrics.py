@@ -5,8 +5,14 @@ import math
 
 import jax.numpy as jnp
 import pytest
+from etils import epath
+from etils.epath import backend
+from ml_collections import ConfigDict
 
+from eupe_jax.training import metrics
+from eupe_jax.training.health import FILE, Health
 from eupe_jax.training.metrics import MetricWriter, RunningMetrics, read_metrics
+from tests.buckets import running_emulator
 
 
 def test_a_skipped_step_is_told_and_left_out_of_the_averages():
@@ -46,3 +52,57 @@ def test_only_a_last_line_may_be_cut_short(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged .*mend or remove that line"):
         MetricWriter(tmp_path, resume_step=3)
     assert file.read_text() == damaged
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An empty one, of an emulator, as epath's paths reach it."""
+    core = pytest.importorskip("gcsfs.core", reason="gcsfs is not installed")
+    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
+    with running_emulator() as address, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", address)  # of TensorBoard's events
+        patch.setenv("GOOGLE_CLOUD_PROJECT", "none")
+        reached = core.GCSFileSystem(token="anon", endpoint_url=address, skip_instance_cache=True)
+        # fsspec's own choice asks Google's servers for the kind of the bucket first
+        patch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: reached)
+        yield epath.Path("gs://data")
+
+
+def computed(workdir, name="metrics.jsonl"):
+    """Steps of the lines in the bucket."""
+    return [line["step"] for line in read_metrics(workdir / name)]
+
+
+def test_lines_in_a_bucket_are_there_before_a_save_and_outlive_a_kill_and_a_resume(bucket, monkeypatch):
+    workdir = bucket / "run"
+    config = ConfigDict({"students": {"vit": {}}, "faults": {"max_skipped": 9}})
+
+    def session(start, steps):
+        """What a run does up to a save; then it is killed: nothing is closed."""
+        writer = MetricWriter(workdir, resume_step=start)
+        health = Health(workdir, config, lambda step: {"records": [step]}, enabled=True)
+        for step in steps:
+            norm = jnp.float32(math.nan if step % 2 else 1)
+            health.add(step, {"vit/loss": norm, "vit/grad_norm": norm, "vit/skipped": jnp.isnan(norm)})
+            health.check()
+            writer.write(step + 1, {"vit/loss": 1.0})
+            writer.write_timings(step + 1, {"time/step_s": 1.0})
+        health.check(final=True)
+        return writer
+
+    written = session(0, range(4))
+    assert computed(workdir) == computed(workdir, "timings.jsonl") == [1, 2, 3, 4]
+    written.write(5, {"vit/loss": 1.0})
+    assert computed(workdir) == [1, 2, 3, 4], "what is past the save waits"
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.0)
+    written.write(6, {"vit/loss": 1.0})
+    assert computed(workdir) == [1, 2, 3, 4, 5, 6], "but not for ever"
+    monkeypatch.undo()
+    metrics._WAITING.discard(written._metrics)  # it is killed here
+    metrics._WAITING.discard(written._timings)
+    written = session(2, range(2, 6))
+    assert computed(workdir) == computed(workdir, "timings.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert computed(workdir, FILE) == [1, 3, 5]
+    written.write(7, {"vit/loss": 1.0})
+    written.close()
+    assert computed(workdir) == [1, 2, 3, 4, 5, 6, 7]
