@@ -162,6 +162,7 @@ def test_items_of_a_checkpoint_are_its_own_folders(tmp_path):
     (step / "vit.backbone").mkdir(parents=True)
     (step / "vit.backbone" / "0").write_text("weights")
     (tmp_path / "x.backbone").mkdir()
+    (step / integrity.STEP_METADATA).write_text("{}")
     integrity.seal(integrity.epath.Path(step))
     integrity.verify(integrity.epath.Path(step), ["vit.backbone"])
     for item in ("../x.backbone", str(tmp_path / "x.backbone"), "vit.backbone/../../x.backbone"):

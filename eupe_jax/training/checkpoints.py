@@ -39,6 +39,8 @@ FORMAT = "eupe_jax/1"
 MANIFEST = "manifest"
 TEXT = "text"
 EXTRAS = "extras"
+# A save has failed after so long, by the clock of the day (Orbax's). Several hosts wait that long for one that failed.
+SAVE_SECONDS, SAVE_SECONDS_TOGETHER = 1200, 300
 TOKEN_LAYOUT = "class, storage, patches in rows from the top left"
 
 
@@ -70,6 +72,8 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        self.directory.mkdir(parents=True, exist_ok=True)  # on every host: what a network disk has cached may be old
+        together = jax.process_count() > 1
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -77,12 +81,17 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,  # of saves that a kill or a full disk cut short
                 lightweight_initialize=True,  # steps are told by their names: no clock is asked, nor believed
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                single_host_load_and_broadcast=together,  # hosts may list a folder differently for a while
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=SAVE_SECONDS_TOGETHER if together else SAVE_SECONDS,
+                    post_finalization_callback=self._seal,
+                ),
             ),
         )
 
     def _seal(self) -> None:
         """Called by the first host, in the background, when all is written and nothing is committed yet."""
+        self._manager._non_blocking_metadata_store.wait_until_finished()  # writes one of the files in the background
         names = (str(self._saving), f"{self._saving}.orbax-checkpoint-tmp")  # in a bucket; else renamed when committed
         for step in self.directory.iterdir():
             if step.name == names[0] or step.name.startswith(names[1]):
@@ -95,7 +104,8 @@ class Checkpoints:
     @property
     def saving(self) -> bool:
         """Whether a save is being written in the background."""
-        return self._pending and self._manager.is_saving_in_progress()
+        # Not `is_saving_in_progress`: where another host's save fails, it says so for ever.
+        return self._pending and self._manager._finalize_thread.map(lambda thread: thread and thread.is_alive())
 
     def save(
         self, step: int, state: Mapping, statistics: Mapping, chain: Mapping, manifest: Mapping, *, force: bool = False
@@ -147,7 +157,7 @@ class Checkpoints:
         Works on another mesh and another number of hosts than the checkpoint was written on.
 
         Raises:
-          CorruptCheckpoint: its files are not those that were written.
+          CorruptCheckpoint: its files are not those that were written. OSError: they cannot be read.
           ValueError: the checkpoint holds other students or shapes than this run.
         """
         integrity.verify_on_all_hosts(self.directory / str(step))
@@ -183,7 +193,13 @@ class Checkpoints:
 
         Raises:
           CorruptCheckpoint: the newest is damaged and `fallback` is not set, or none is intact.
+          ValueError: `fallback` in a bucket. OSError: files cannot be read, which is no reason to fall back.
         """
+        if fallback and "://" in str(self.directory):
+            raise ValueError(
+                f"--on_corrupt=fallback moves folders, which buckets cannot do at once ({self.directory}): leave it "
+                "out, and move checkpoints that are named as damaged to another place yourself"
+            )
         damaged: dict[int, integrity.CorruptCheckpoint] = {}
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -208,10 +224,11 @@ class Checkpoints:
     def _put_aside(self, step: int) -> None:
         if jax.process_index() == 0:
             self.damaged.mkdir(parents=True, exist_ok=True)
-            taken = sum(p.name.split(".")[0] == str(step) for p in self.damaged.iterdir())
-            (self.directory / str(step)).rename(self.damaged / (f"{step}.{taken}" if taken else str(step)))
+            taken = [re.fullmatch(rf"{step}(?:\.(\d+))?", p.name) for p in self.damaged.iterdir()]
+            last = max((int(match[1] or 0) for match in taken if match), default=None)
+            (self.directory / str(step)).rename(self.damaged / (str(step) if last is None else f"{step}.{last + 1}"))
         sync_global_devices(f"checkpoint {step} put aside")
-        self._manager.close()
+        self.close()
         self._manager = self._open()
 
     def wait(self) -> None:
@@ -235,16 +252,22 @@ class Checkpoints:
         """Errors of storage, which come from many layers, as one that says what was lost, and what was not."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
             self._pending = False
+            first = _first(error)
+            if isinstance(error, jax.errors.JaxRuntimeError) and isinstance(first, jax.errors.JaxRuntimeError):
+                raise  # nothing is wrong with storage here
             held = "those before it are as they were" if self._others() else "there is none before it"
             raise OSError(
-                f"checkpoint {self.directory / str(self._saving)} cannot be written: {_cause(error)}; {held}: "
+                f"checkpoint {self.directory / str(self._saving)} cannot be written: {_words(first)}; {held}: "
                 "mend that, then run the same command again"
-            ) from error
+            ) from first  # and not from what followed: other hosts that wait in vain
 
     def close(self) -> None:
+        """Waits for what is under way."""
         self._manager.close()
+        with contextlib.suppress(OSError):  # which the next save meets as well
+            self._manager._maybe_await_cleanup_tmp_directory()  # two at a time would be in each other's way
 
 
 def _apart(items: dict[str, Any]) -> dict[str, Any]:
@@ -258,10 +281,15 @@ def _copies(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong first, in its own words, without where in which library."""
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first."""
     while earlier := error.__cause__ or error.__context__:
         error = earlier
+    return error
+
+
+def _words(error: BaseException) -> str:
+    """An error in its own words, without where in which library."""
     return re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(error), flags=re.DOTALL)
 
 
@@ -278,22 +306,24 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def step_directory(path: epath.PathLike) -> epath.Path:
     """The step directory that a workdir, its `checkpoints` folder or a step directory stands for (newest step).
 
+    The newest is the one that a run would go on from, whole or damaged: what reads it compares its checksums.
+
     Raises:
       FileNotFoundError: no such path, or nothing in it is a finished checkpoint.
     """
     path = absolute(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: no such path")
-    if (path / MANIFEST).exists():
+    if any((path / name).exists() for name in (MANIFEST, integrity.CHECKSUMS, integrity.STEP_METADATA)):
         return path
     root = path / "checkpoints" if (path / "checkpoints").exists() else path
-    steps = [p for p in root.iterdir() if p.name.isdigit() and (p / MANIFEST).exists()] if root.is_dir() else []
-    if not steps:
+    finished = list(ocp.step.standard_name_format().find_all(root)) if root.is_dir() else []
+    if not finished:
         raise FileNotFoundError(
             f"no finished checkpoint in {path}: expected a training workdir, a step directory, or what "
             "convert/teachers_to_orbax.py makes of a weights file"
         )
-    return max(steps, key=lambda p: int(p.name))
+    return max(finished, key=lambda found: found.step).path
 
 
 def read_manifest(path: epath.PathLike) -> dict:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
-from eupe_jax.files import write_whole
+from eupe_jax.files import naming, write_whole
 from eupe_jax.hashing import sha256_file
 
 CHECKSUMS = "checksums.json"
@@ -25,7 +25,10 @@ STEP_METADATA = "_CHECKPOINT_METADATA"
 TIMESTAMPS = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
 THREADS = 8  # hashing does not hold the interpreter, and buckets answer slowly
 NAMED = 5  # files that an error names
-MESSAGE_BYTES = 4096  # of an error that hosts tell each other
+MESSAGE_BYTES = 4096  # of an error that hosts tell each other, after its kind
+DAMAGED, UNREAD = b"d", b"u"
+# What a half-deleted checkpoint gives. Any other error says that a file could not be read, not that it is damaged.
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class CorruptCheckpoint(ValueError):
@@ -33,11 +36,17 @@ class CorruptCheckpoint(ValueError):
 
 
 def seal(step: epath.Path) -> None:
-    """Writes the checksums of all files of a step directory into it; to be called before it is committed."""
+    """Writes the checksums of all files of a step directory into it; to be called before it is committed.
+
+    Raises:
+      ValueError: Orbax's own note of the step is missing or none. OSError: a file cannot be read, or this one written.
+    """
     names = sorted(name for name in _files(step) if name not in (CHECKSUMS, COMMITTED, STEP_METADATA))
     with ThreadPoolExecutor(THREADS) as pool:
         files = dict(zip(names, pool.map(lambda name: _entry(step / name), names), strict=True))
-    held = {"files": files, STEP_METADATA: _without_times(step)}
+    if (noted := _without_times(step)) is None:
+        raise ValueError(f"{step / STEP_METADATA} is not what Orbax writes: nothing could be compared with it")
+    held = {"files": files, STEP_METADATA: noted}
     write_whole(step / CHECKSUMS, json.dumps({**held, "sha256": _digest(held)}, indent=1))
 
 
@@ -46,6 +55,7 @@ def verify(step: epath.Path, items: Iterable[str] | None = None) -> None:
 
     Raises:
       CorruptCheckpoint: checksums or files are missing, cut short or changed; names them.
+      OSError: a file cannot be read (permission, a failing disk or network): whether it is damaged is not known.
     """
     if problem := _problem(step, items):
         raise CorruptCheckpoint(problem)
@@ -56,22 +66,29 @@ def verify_on_all_hosts(step: epath.Path, items: Iterable[str] | None = None) ->
     if jax.process_count() == 1:
         return verify(step, items)
     message = np.zeros(MESSAGE_BYTES, np.uint8)
-    if jax.process_index() == 0 and (problem := _problem(step, items)):
-        encoded = problem.encode()[:MESSAGE_BYTES]
+    if jax.process_index() == 0:
+        try:
+            problem = _problem(step, items)
+            encoded = DAMAGED + problem.encode() if problem else b""
+        except OSError as error:
+            encoded = UNREAD + str(error).encode()
+        encoded = encoded[:MESSAGE_BYTES]
         message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    problem = bytes(np.asarray(broadcast_one_to_all(message), np.uint8)).rstrip(b"\0").decode(errors="replace")
-    if problem:
-        raise CorruptCheckpoint(problem)
+    told = bytes(np.asarray(broadcast_one_to_all(message), np.uint8)).rstrip(b"\0")
+    if told:
+        kind = CorruptCheckpoint if told[:1] == DAMAGED else OSError
+        raise kind(told[1:].decode(errors="replace"))
 
 
 def _problem(step: epath.Path, items: Iterable[str] | None) -> str | None:
-    """What is wrong, in words; None where nothing is."""
+    """What is wrong, in words; None where nothing is. Raises OSError where files cannot be read."""
     try:
-        text = (step / CHECKSUMS).read_text()
-    except FileNotFoundError:
+        with naming(step / CHECKSUMS):
+            text = (step / CHECKSUMS).read_text()
+    except GONE:
         return f"{step} is damaged or unfinished: it has no {CHECKSUMS}"
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{step / CHECKSUMS} cannot be read: {error}"
+    except UnicodeDecodeError as error:
+        return f"{step / CHECKSUMS} is damaged: {error}"
     try:
         held = json.loads(text)
         files, digest = held["files"], held.pop("sha256")
@@ -88,7 +105,8 @@ def _problem(step: epath.Path, items: Iterable[str] | None) -> str | None:
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda name: _difference(step / name, files[name]), files)
         wrong = [f"{name} {difference}" for name, difference in zip(files, found, strict=True) if difference]
-    if _without_times(step) != held[STEP_METADATA]:
+    noted = _without_times(step)
+    if noted is None or noted != held.get(STEP_METADATA):
         wrong.append(f"{STEP_METADATA} says other things than were written")
     if not wrong:
         return None
@@ -98,24 +116,26 @@ def _problem(step: epath.Path, items: Iterable[str] | None) -> str | None:
 
 def _difference(path: epath.Path, entry: dict) -> str | None:
     try:
-        size = path.stat().length
-        if size != entry["size"]:
-            return f"has {size} bytes, not {entry['size']}"
-        return None if sha256_file(path) == entry["sha256"] else "has other bytes than were written"
-    except FileNotFoundError:
+        with naming(path):
+            size = path.stat().length
+            if size != entry["size"]:
+                return f"has {size} bytes, not {entry['size']}"
+            return None if sha256_file(path) == entry["sha256"] else "has other bytes than were written"
+    except GONE:
         return "is missing"
-    except (OSError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         return f"cannot be checked: {error}"
 
 
 def _without_times(step: epath.Path) -> dict | None:
-    """What Orbax notes of the step, without when: that changes once more when it commits."""
+    """What Orbax notes of the step, without when: that changes once more when it commits. None: no such note."""
     try:
-        noted = json.loads((step / STEP_METADATA).read_text())
+        with naming(step / STEP_METADATA):
+            noted = json.loads((step / STEP_METADATA).read_text())
         if not all(isinstance(noted.get(key), int | None) for key in TIMESTAMPS):
             return None
         return {key: value for key, value in noted.items() if key not in TIMESTAMPS}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (*GONE, ValueError, AttributeError, RecursionError):
         return None
 
 

@@ -2,15 +2,21 @@
 
 import errno
 import json
+import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from eupe_jax.training import checkpoints, integrity
+from eupe_jax.training import checkpoints, integrity, preemption, workdirs
 from eupe_jax.training.integrity import CHECKSUMS, CorruptCheckpoint
 from tests.training.damaged import (
     MANIFEST,
@@ -23,6 +29,8 @@ from tests.training.damaged import (
     remove,
     restored,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +114,126 @@ def test_a_checkpoint_under_the_name_of_another_step_is_none(run, tmp_path):
     assert int(restored(workdir, fallback=True)["step"]) == 1
 
 
+def test_the_newest_is_taken_or_refused_but_never_passed_over(run, tmp_path):
+    """By whatever loads from a workdir, a folder of checkpoints or a step directory."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints/10.orbax-checkpoint-tmp")  # of a save under way
+    assert checkpoints.step_directory(workdir).name == "2"
+    for lost in (checkpoints.MANIFEST, integrity.STEP_METADATA, CHECKSUMS):
+        path = workdir / "checkpoints/2" / lost
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for given in (workdir, workdir / "checkpoints", workdir / "checkpoints/2"):
+            if lost == CHECKSUMS and given.name == "2":
+                continue  # nothing is left that says what it was
+            with pytest.raises(CorruptCheckpoint, match="checkpoints/2 .*(is missing|has no checksums.json)"):
+                checkpoints.read_manifest(given)
+
+
+@pytest.mark.parametrize("name", [CHECKSUMS, integrity.STEP_METADATA, "s.optimizer/_METADATA"])
+def test_a_file_that_cannot_be_read_is_not_damaged(run, tmp_path, monkeypatch, name):
+    """And no checkpoint is put aside for it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    unread = str(workdir / "checkpoints/2" / name)
+
+    def failing(kind):
+        opened = kind.open
+
+        def open_or_fail(self, *args, **kwargs):
+            if os.fspath(self) == unread:
+                raise OSError(errno.EIO, "Input/output error")
+            return opened(self, *args, **kwargs)
+
+        return open_or_fail
+
+    kind = type(checkpoints.absolute(workdir))
+    monkeypatch.setattr(kind, "open", failing(kind))
+    monkeypatch.setattr(kind, "read_text", lambda self, *_: self.open().read())
+    with pytest.raises(OSError, match=f"Input/output error.*{name}"):
+        restored(workdir, fallback=True)
+    monkeypatch.undo()
+    assert not (workdir / "damaged").exists() and int(restored(workdir)["step"]) == 2
+
+
+def test_what_is_put_aside_takes_no_name_that_is_taken(run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    for name in ("2", "2.2", "20.7"):
+        (workdir / "damaged" / name).mkdir(parents=True)
+    cut(workdir / "checkpoints/2/s.adapters/_METADATA", random.Random(3))
+    assert int(restored(workdir, fallback=True)["step"]) == 1
+    assert {path.name for path in (workdir / "damaged").iterdir()} == {"2", "2.2", "2.3", "20.7"}
+
+
+def test_in_buckets_nothing_is_moved(tmp_path):
+    saver = make_checkpoints(tmp_path)
+    saver.directory = epath.Path("gs://bucket/run/checkpoints")
+    with pytest.raises(ValueError, match="--on_corrupt=fallback moves folders"):
+        saver.restore_latest(make_state(0), fallback=True)
+    saver.close()
+    with pytest.raises(ValueError, match="--fresh moves folders.*gs://bucket/run"):
+        workdirs.set_aside(epath.Path("gs://bucket/run"))
+
+
+def test_a_checkpoint_without_the_note_of_its_step_is_not_sealed(run, tmp_path):
+    step = checkpoints.absolute(tmp_path / "2")
+    shutil.copytree(run / "checkpoints/2", step)
+    (step / integrity.STEP_METADATA).write_text("[]")
+    with pytest.raises(ValueError, match="2/_CHECKPOINT_METADATA is not what Orbax writes"):
+        integrity.seal(step)
+    with pytest.raises(CorruptCheckpoint, match="_CHECKPOINT_METADATA says other things"):
+        integrity.verify(step)
+
+
+TWO_HOSTS = """
+import sys, jax
+process, address, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, process)
+from eupe_jax.training import integrity
+from tests.training.damaged import make_checkpoints
+saver = make_checkpoints(workdir)
+print("newest", saver.latest_step)
+for kind in (OSError, integrity.CorruptCheckpoint):
+    def problem(step, items):
+        raise OSError("unread")
+    integrity._problem = problem if kind is OSError else lambda step, items: "changed"
+    try:
+        integrity.verify_on_all_hosts(saver.directory / "2")
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, error)
+saver.close()
+"""
+
+
+@pytest.mark.slow
+def test_hosts_see_the_checkpoints_that_the_first_one_sees(run, tmp_path):
+    """What a network disk showed the second one a while ago may be older; and they agree on what is wrong."""
+    behind = tmp_path / "behind"
+    shutil.copytree(run, behind)
+    shutil.rmtree(behind / "checkpoints/2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_HOSTS, str(process), address, str(workdir)], cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process, workdir in enumerate((run, behind))
+    ]  # fmt: skip
+    try:
+        for host in hosts:
+            printed, errors = host.communicate(timeout=60)
+            assert host.returncode == 0, errors[-3000:]
+            assert printed.splitlines()[-3:] == ["newest 2", "OSError unread", "CorruptCheckpoint changed"]
+    finally:
+        for host in hosts:
+            host.kill()
+
+
 def test_checksums_name_no_file_outside(run, tmp_path):
     step = tmp_path / "2"
     shutil.copytree(run / "checkpoints/2", step)
@@ -139,3 +267,20 @@ def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(tmp_path, 
     saver.save(2, make_state(2), STATISTICS, {}, MANIFEST)
     saver.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"], "no half save is left"
+
+
+def test_what_went_wrong_first_is_told_and_not_that_others_waited_in_vain(tmp_path):
+    """With several hosts a save that fails on one makes all wait: where it failed, that is what a person has to read;
+    elsewhere it is another host that is missing."""
+    saver = make_checkpoints(tmp_path)
+    gone = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: set_value_start")
+    with pytest.raises(OSError, match="cannot be written: .*No space left") as raised, saver._explained():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise gone
+    assert not preemption.is_lost(raised.value)
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised, saver._explained():
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: async_write_complete")
+    assert preemption.is_lost(raised.value)
+    saver.close()
