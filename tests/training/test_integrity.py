@@ -186,13 +186,16 @@ def test_a_checkpoint_without_the_note_of_its_step_is_not_sealed(run, tmp_path):
         integrity.verify(step)
 
 
-TWO_HOSTS = """
-import sys, jax
+JOIN = """
+import errno, os, sys, jax
 process, address, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, process)
-from eupe_jax.training import integrity
-from tests.training.damaged import make_checkpoints
+from eupe_jax.training import checkpoints, integrity, preemption
+from tests.training.damaged import MANIFEST, make_checkpoints
+"""
+
+LOOK = """
 saver = make_checkpoints(workdir)
 print("newest", saver.latest_step)
 for kind in (OSError, integrity.CorruptCheckpoint):
@@ -206,6 +209,55 @@ for kind in (OSError, integrity.CorruptCheckpoint):
 saver.close()
 """
 
+SAVE = """
+import numpy as np, time
+checkpoints.SAVE_SECONDS_TOGETHER = 4
+everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
+array = jax.make_array_from_callback((4,), everywhere, lambda index: np.ones(4, np.float32)[index])
+student = {"params": {"backbone": {"w": array}, "adapters": {"w": array}}, "buffers": {}, "optimizer": {"mu": array}}
+saver = make_checkpoints(workdir)
+def save(step):
+    saver.save(step, {"students": {"s": student}}, {"teacher": {"mean": np.ones(3)}}, {}, MANIFEST)
+save(1)
+saver.wait()
+def full(step):
+    raise OSError(errno.ENOSPC, "No space left on device")
+integrity.seal = full  # the first host's part
+save(2)
+end = time.monotonic() + 40
+try:
+    while time.monotonic() < end:
+        saver.check()  # as after every step
+        time.sleep(0.05)
+except (OSError, jax.errors.JaxRuntimeError) as error:
+    print("another is lost" if preemption.is_lost(error) else error, flush=True)
+time.sleep(3 * (process == 0))  # it keeps the service that the other one asks
+os._exit(0)  # JAX would wait for the other one
+"""
+
+
+def two_hosts(script, workdirs):
+    """What two processes of one run print, each in its workdir."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN + script, str(process), address, str(workdir)], cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process, workdir in enumerate(workdirs)
+    ]  # fmt: skip
+    try:
+        ended = [host.communicate(timeout=60) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, (_, errors) in zip(hosts, ended, strict=True):
+        assert host.returncode == 0, errors[-3000:]
+    return [[line for line in printed.splitlines() if not line.startswith("[Gloo]")] for printed, _ in ended]
+
 
 @pytest.mark.slow
 def test_hosts_see_the_checkpoints_that_the_first_one_sees(run, tmp_path):
@@ -213,25 +265,16 @@ def test_hosts_see_the_checkpoints_that_the_first_one_sees(run, tmp_path):
     behind = tmp_path / "behind"
     shutil.copytree(run, behind)
     shutil.rmtree(behind / "checkpoints/2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu"}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_HOSTS, str(process), address, str(workdir)], cwd=ROOT, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process, workdir in enumerate((run, behind))
-    ]  # fmt: skip
-    try:
-        for host in hosts:
-            printed, errors = host.communicate(timeout=60)
-            assert host.returncode == 0, errors[-3000:]
-            assert printed.splitlines()[-3:] == ["newest 2", "OSError unread", "CorruptCheckpoint changed"]
-    finally:
-        for host in hosts:
-            host.kill()
+    for printed in two_hosts(LOOK, (run, behind)):
+        assert printed == ["newest 2", "OSError unread", "CorruptCheckpoint changed"]
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_host_is_told_by_that_host(tmp_path):
+    """Without another save: its disk is what has to be mended, and the other one only misses it."""
+    (failed,), (other,) = two_hosts(SAVE, (tmp_path, tmp_path))
+    assert "checkpoints/2 cannot be written: [Errno 28] No space left on device; those before it are as" in failed
+    assert other == "another is lost"
 
 
 def test_checksums_name_no_file_outside(run, tmp_path):
