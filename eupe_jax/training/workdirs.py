@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import jax
@@ -12,13 +12,14 @@ from etils import epath
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from ml_collections import ConfigDict
 
-from eupe_jax.training.checkpoints import restore_item
+from eupe_jax.training.checkpoints import read_manifest, restore_item, step_directory
 
 LOGGER = logging.getLogger(__name__)
 
 CONFIG, DATA = "config.json", "data.json"
 
-# Fields that change what is computed by rounding at most: a resumed run may differ in them; "*" is any name. The GELU
+# Fields that change what is computed by rounding at most: a resumed run may differ in them; "*" is any name.
+# `accumulate` is none where loss.shuffle_targets is set: targets are shuffled within a micro-batch. The GELU
 # of teachers is none of them, because it moves the targets: the config of a run says which it began with, never "auto".
 FREE_FIELDS = (
     "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
@@ -36,22 +37,28 @@ OF_A_RUN = (
 
 
 def check(workdir: epath.Path, config: ConfigDict) -> None:
-    """Refuses a workdir that holds a run of another config.
+    """Refuses a workdir that holds a run of another config. One whose config file is gone has it in its checkpoints.
 
     Raises:
-      ValueError: lists every field that differs; its note lists those that may.
+      ValueError: lists every field that differs; its note lists those that may. Or the file, or the checkpoint that
+        stands in for it, is damaged.
     """
     path = workdir / CONFIG
     if path.exists():
-        wanted = json.loads(json.dumps(config.to_dict()))
-        differences = list(_differences(json.loads(path.read_text()), wanted))
-        if differences:
-            error = ValueError(
-                f"{workdir} holds a run of another config; choose another workdir, start over with --fresh, or go back "
-                "to: " + "; ".join(f"{field}={old!r} (now {new!r})" for field, old, new in differences)
-            )
-            error.add_note(f"fields that a resumed run may change: {', '.join(FREE_FIELDS)}")
-            raise error
+        held = _read(path, "delete it, and the config in the newest checkpoint is taken instead")
+    elif step := _newest(workdir):
+        held = read_manifest(step)["config"]
+    else:
+        return
+    wanted = json.loads(json.dumps(config.to_dict()))
+    free = [field for field in FREE_FIELDS if field != "accumulate" or not config.loss.shuffle_targets]
+    if differences := list(_differences(held, wanted, free=free)):
+        error = ValueError(
+            f"{workdir} holds a run of another config; choose another workdir, start over with --fresh, or go back "
+            "to: " + "; ".join(f"{field}={old!r} (now {new!r})" for field, old, new in differences)
+        )
+        error.add_note(f"fields that a resumed run may change: {', '.join(free)}")
+        raise error
 
 
 def check_data(workdir: epath.Path, facts: Mapping[str, Mapping]) -> None:
@@ -59,14 +66,18 @@ def check_data(workdir: epath.Path, facts: Mapping[str, Mapping]) -> None:
     another order.
 
     Raises:
-      ValueError: names the hosts, or the sources and what changed.
+      ValueError: names the hosts, or the sources and what changed; or what is known of the data is damaged or gone.
     """
     digest = np.frombuffer(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest(), np.uint8)
     hosts = process_allgather(digest).reshape(-1, digest.size)
     if others := np.flatnonzero(np.any(hosts != hosts[0], axis=1)).tolist():
         raise ValueError(f"hosts {others} see other data than host 0: give all hosts the same files; here: {facts}")
-    path = workdir / DATA
-    if path.exists() and (differences := list(_differences(json.loads(path.read_text()), facts, "data."))):
+    path, mend = workdir / DATA, "bring it back from a copy of the run: nothing else tells which data it began with"
+    if not path.exists():
+        if step := _newest(workdir):
+            raise ValueError(f"{path} is missing, but there is {step}: {mend}")
+        return
+    if differences := list(_differences(_read(path, mend), facts, "data.")):
         raise ValueError(
             f"{workdir} holds a run on other data: bring it back, or choose another workdir: "
             + "; ".join(f"{field} was {old!r}, not {new!r}" for field, old, new in differences)
@@ -94,12 +105,32 @@ def check_statistics(step: epath.Path, statistics: Mapping[str, Mapping]) -> Non
         )
 
 
-def _differences(old: object, new: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:
-    if any(fnmatchcase(prefix.rstrip("."), free) for free in FREE_FIELDS):
+def _read(path: epath.Path, mend: str) -> dict:
+    try:
+        held = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {mend}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} is damaged (no object of JSON): {mend}")
+    return held
+
+
+def _newest(workdir: epath.Path) -> epath.Path | None:
+    """The newest finished checkpoint of the run in `workdir`."""
+    try:
+        return step_directory(workdir / "checkpoints")
+    except FileNotFoundError:
+        return None
+
+
+def _differences(
+    old: object, new: object, prefix: str = "", free: Sequence[str] = FREE_FIELDS
+) -> Iterator[tuple[str, object, object]]:
+    if any(fnmatchcase(prefix.rstrip("."), field) for field in free):
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.", free)
     elif old != new:
         yield prefix.rstrip("."), old, new
 

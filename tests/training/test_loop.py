@@ -289,6 +289,42 @@ def test_what_only_rounds_may_change_and_what_teachers_say_may_not(whole_run):
         loop.check_run(other, workdir, [])
 
 
+def test_a_run_whose_notes_are_gone_or_damaged_is_still_known(whole_run, tmp_path):
+    config, workdir, _ = whole_run
+    run = epath.Path(shutil.copytree(workdir, tmp_path / "run"))
+    other = config.copy_and_resolve_references()
+    other.optimizer.weight_decay = 0.5
+    for name, check in (
+        ("config.json", lambda: loop.check_run(config, run, [])),
+        ("data.json", lambda: workdirs.check_data(run, json.loads((workdir / "data.json").read_text()))),
+    ):
+        for content in ("", '{"seed": 0, "stu', "[]"):
+            (run / name).write_text(content)
+            with pytest.raises(ValueError, match=f"run/{name} is damaged"):
+                check()
+        (run / name).unlink()
+    loop.check_run(config, run, [])
+    with pytest.raises(ValueError, match=r"go back to: optimizer.weight_decay=0.0001 \(now 0.5\)\n"):
+        loop.check_run(other, run, [])
+    with pytest.raises(ValueError, match="run/data.json is missing, but there is .*run/checkpoints/4"):
+        train(config, run)
+    assert not (run / "config.json").exists()
+
+
+def test_micro_batches_are_no_free_choice_where_targets_are_shuffled_within_them(tiny_statistics, tmp_path):
+    config = tiny_config(steps=4)
+    config.batch_size = 16
+    for shuffled in (False, True):
+        config.loss.shuffle_targets, config.accumulate = shuffled, 1
+        (tmp_path / "config.json").write_text(json.dumps(loop.check_run(config, tmp_path, [], fresh=True)[0].to_dict()))
+        config.accumulate = 2
+        if shuffled:
+            with pytest.raises(ValueError, match=r"go back to: accumulate=1 \(now 2\)\n"):
+                loop.check_run(config, tmp_path, [])
+        else:
+            loop.check_run(config, tmp_path, [])
+
+
 @pytest.fixture
 def folder_run(tiny_statistics, tmp_path):
     """Config of a run on a folder of ten pictures, two of them broken."""
