@@ -3,21 +3,27 @@ records, too many in a row stop the run, and the words name the part that was fi
 
 import contextlib
 import json
+import signal
+import socket
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import common
 from eupe_jax.data import feature_cache, feature_codec
 from eupe_jax.distill import losses
+from eupe_jax.distill.normalization import Statistics
 from eupe_jax.sharding.mesh import make_mesh
 from eupe_jax.training import assemble, loop, pipeline
 from eupe_jax.training.health import FILE, Diverged
+from eupe_jax.training.loop import Eval
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
 from eupe_jax.training.precompute import precompute
+from eupe_jax.training.preemption import RESUME_ME
 from eupe_jax.training.replay import arrays_of, in_lines, replay
 from tests.faults.commands import RECIPE, Command
 from tests.training.conftest import tiny_config
@@ -163,12 +169,15 @@ def test_input_at_some_steps_and_the_run_goes_on(config, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(pipeline, "device_augment", augment)
     workdir = tmp_path / "run"
-    loop.train(config, workdir, stop_at=2)
-    state = loop.train(config, workdir)  # one of the bad steps was the last before it was stopped
+    config = config.copy_and_resolve_references()
+    config.checkpoint.keep_best, config.checkpoint.best_metric = 1, "eval/score"  # replays run no evaluation
+    evals = [Eval("eval", STEPS, lambda step, state: {"score": 1.0})]
+    loop.train(config, workdir, evals=evals, stop_at=2)
+    state = loop.train(config, workdir, evals=evals)  # one of the bad steps was the last before it was stopped
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
     assert list(bad_steps(workdir)) == list(bad)
     lines = {line["step"]: line for line in read_metrics(workdir / "metrics.jsonl")}
-    assert [step for step, line in lines.items() if line["vit/skipped"]] == [step + 1 for step in bad]
+    assert [step for step, line in lines.items() if line.get("vit/skipped")] == [step + 1 for step in bad]
     found = assert_replayed(workdir, 4, "input images are NaN for 1 of 8 images: places 5 of the batch, records ")
     seen = arrays_of(found.batch)
     assert found.first.split("records ")[1].split(",")[0] == str(seen["index"][5]) and seen["image"].shape[0] == 8
@@ -177,6 +186,22 @@ def test_input_at_some_steps_and_the_run_goes_on(config, tmp_path, monkeypatch, 
     total = np.sqrt(sum(norm**2 for norm in good.gradients["vit"].values()))
     assert total == pytest.approx(good.metrics["vit/grad_norm"], rel=1e-4)
     record(KIND, phase="input", injected=len(bad), detected=len(bad), accepted=0)
+    assert good.start == 2
+    with other_statistics(config), pytest.raises(ValueError, match="statistics of teacher.s. a are not those that"):
+        replay(workdir, 3)
+
+
+@contextlib.contextmanager
+def other_statistics(config):
+    """Those of the teacher measured again, into the same folder, with other results."""
+    file = epath.Path(config.statistics) / "a.safetensors"
+    held, found = file.read_bytes(), Statistics.load(file)
+    found.std["patches"][:] *= 1.01
+    found.save(file)
+    try:
+        yield
+    finally:
+        file.write_bytes(held)
 
 
 def steps_that_bring_it(config):
@@ -245,6 +270,14 @@ def test_a_learning_rate_that_is_too_large_ends_a_command_and_is_replayed_by_one
     replayed = Command(["launch/replay.py", *flags], tmp_path / "replay.log", cache).succeed()
     assert "step 3, run again from step 2" in replayed and line.split("; first: ")[1].split(" [")[0] in replayed
     assert np.load(saved)["index"].tolist() == [i for r in bad_steps(workdir)[3]["records"].values() for i in r]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = f"--coordinator=127.0.0.1:{s.getsockname()[1]}"
+    joined = [f"--workdir={workdir}", "--step=3", place, "--num_processes=1", "--process_id=0"]
+    left = Command(["launch/replay.py", *joined], tmp_path / "left.log", cache)
+    assert left.wait_for(lambda: "1 processes" in left.printed), left.printed[-3000:]
+    left.process.send_signal(signal.SIGTERM)  # JAX hears it now
+    assert left.end() == RESUME_ME, left.printed[-3000:]
     none = Command(["launch/replay.py", f"--workdir={workdir}", "--step=99"], tmp_path / "none.log", cache)
     assert none.end() == 2 and "error: --step=99 is no step of" in none.printed
     record(KIND, phase="learning rate", injected=3, detected=3, accepted=0)

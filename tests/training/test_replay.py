@@ -33,6 +33,16 @@ def test_a_step_that_the_run_does_not_have_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_run_that_keeps_its_best_needs_no_evaluation_to_be_replayed(tmp_path):
+    config = tiny_config(steps=4)
+    config.checkpoint.keep_best, config.checkpoint.best_metric = 1, "knn/top1"
+    config.compute.teacher_gelu = "exact"  # a run writes down what its chips do
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "data.json").write_text(json.dumps({"synthetic": {"records": 1}}))
+    with pytest.raises(ValueError, match="holds a run on other data"):  # what is looked at next
+        replay.replay(tmp_path, 0)
+
+
 def test_the_report_puts_the_worst_gradients_first():
     described = {"pair": "s32_t32", "seed": 7, "records": {"photos": list(range(100, 170))}}
     norms = {"small": 0.5, "broken": float("nan"), "large": 2.0}
