@@ -67,7 +67,7 @@ def test_killed_terminated_and_damaged_it_ends_as_the_run_left_alone(tmp_path, c
 
     assert (run / f"damaged/{last}").is_dir()
     assert_same_run(run, whole)
-    record("kill -9", phase="training", injected=1, recovered=1, lost=0)
-    record("kill -9", phase="save", injected=killed, recovered=killed, lost=0)
+    record("kill -9", phase="training", injected=killed, recovered=killed, lost=0)  # those that missed the save as well
+    record("kill -9", phase="save", injected=1, recovered=1, lost=0)
     record("SIGTERM", phase="training", injected=1, recovered=1, lost=0)
     record("corrupted checkpoint", injected=1, detected=1, accepted=0)

@@ -1,6 +1,7 @@
 """The table of faults says what was counted, and a bar that is not met is no success."""
 
 import json
+import re
 
 import pytest
 
@@ -36,19 +37,25 @@ def test_counts_that_no_column_shows_are_refused(counts, tmp_path):
 
 
 def met():
-    places = {kind: [f"place {i}" for i in range(bar.places)] for kind, bar in report.BARS.items()}
-    return {kind: {p: {"injected": report.BARS[kind].injected, "lost": 0} for p in places[kind]} for kind in places}
+    def counts(bar):
+        return {"injected": bar.injected, "recovered": bar.injected, "lost": 0}
+
+    return {kind: {f"place {i}": counts(bar) for i in range(bar.places)} for kind, bar in report.BARS.items()}
+
+
+MOVED = {"injected": 3, "recovered": 3}
 
 
 @pytest.mark.parametrize(
     ("kind", "phase", "counts", "words"),
     [
-        ("kill -9", "place 0", {"injected": 99, "lost": 1}, "kill -9, place 0: 1 lost"),
-        ("corrupted checkpoint", "place 0", {"injected": 99, "accepted": 0}, "99 injected, not 100"),
-        ("corrupted checkpoint", "place 0", {"injected": 100, "accepted": 1}, "1 accepted"),
-        ("other number of devices", "place 0", {"injected": 3, "worst_loss": 2e-5}, "worst_loss 2e-05 > 1e-05"),
-        ("other number of devices", "place 0", {"injected": 3, "worst_loss": float("nan")}, "worst_loss nan > 1e-05"),
-        ("a kind without a bar of its own", "", {"injected": 1, "accepted": 1}, "1 accepted"),
+        ("kill -9", "place 0", {"injected": 99, "recovered": 99, "lost": 1}, "kill -9, place 0: 1 lost"),
+        ("kill -9", "place 0", {"injected": 99, "recovered": 90, "detected": 8}, "98 of 99 detected or recovered"),
+        ("corrupted checkpoint", "place 0", {"injected": 99, "detected": 99}, "99 injected, not 100"),
+        ("corrupted checkpoint", "place 0", {"injected": 100, "detected": 100, "accepted": 1}, "1 accepted"),
+        ("other number of devices", "place 0", MOVED | {"worst_loss": 2e-5}, "worst_loss 2e-05 > 1e-05"),
+        ("other number of devices", "place 0", MOVED | {"worst_loss": float("nan")}, "worst_loss nan > 1e-05"),
+        ("a kind without a bar of its own", "", {"injected": 1}, "0 of 1 detected or recovered"),
     ],
 )
 def test_bars(kind, phase, counts, words):
@@ -59,6 +66,13 @@ def test_bars(kind, phase, counts, words):
     assert words in found
     missing = {other: places for other, places in met().items() if other != "SIGTERM"}
     assert report.unmet(missing) == ["SIGTERM: not injected at all"]
+
+
+def test_every_kind_that_is_recorded_has_a_bar_and_every_bar_a_test_that_records_it():
+    text = "".join(path.read_text() for path in report.ROOT.glob("tests/faults/test_*.py"))
+    kinds = set(re.findall(r'(?:record\(|KIND = )"([^"]+)"', text))
+    kinds |= set(re.findall(r'signal\.SIG\w+: "([^"]+)"', text))  # kind = {signal: kind}[number]
+    assert kinds == set(report.BARS)
 
 
 def test_the_table_stands_between_its_marks(tmp_path):

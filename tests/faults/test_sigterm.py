@@ -19,8 +19,13 @@ AGAIN = "run the same command again"
 
 def tell(command):
     """Sends the notice; seconds until the command has ended, with the status that asks to be run again."""
-    began = time.monotonic()
     command.process.send_signal(signal.SIGTERM)
+    return left_in_time(command)
+
+
+def left_in_time(command):
+    """`tell`, once it has been told."""
+    began = time.monotonic()
     status = command.end(GRACE_SECONDS + 30)
     seconds = time.monotonic() - began
     assert status == RESUME_ME, f"status {status}: {command.printed[-3000:]}"
@@ -92,10 +97,14 @@ def told_within(phase, begin, run):
     """Tells a run in a phase that is over in no time: again, a save or an evaluation later, until it is hit."""
     for _ in range(STEPS // EVALUATE_EVERY):
         command, before = begin(lambda command, before: Seen(run).phase(before) == phase)
-        seconds = tell(command)
+        aimed = Seen(run)
+        command.process.send_signal(signal.SIGTERM)
+        in_save = bool(aimed.saving & Seen(run).saving - before.saving)  # under way before the notice and after it
+        seconds = left_in_time(command)
         newest = finished_steps(run)[-1]
         assert newest >= before.newest and newest < STEPS, "aimed too late"
-        if phase == "save" or Seen(run).evaluating:
+        hit = in_save if phase == "save" else Seen(run).evaluating
+        if hit:
             return seconds
     raise AssertionError(f"no notice came within {phase}")
 

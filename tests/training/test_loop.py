@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -257,10 +258,10 @@ def test_a_run_is_set_aside_whole(whole_run, tmp_path):
     config, workdir, _ = whole_run
     run = epath.Path(shutil.copytree(workdir, tmp_path / "run"))
     (run / "train.log").write_text("of the shell")
-    before = {str(path.relative_to(run)) for path in run.rglob("*")}
+    before = {str(path.relative_to(run)) for path in Path(run).rglob("*")}
     assert workdirs.set_aside(run) == run / "old.0"
     assert sorted(path.name for path in run.iterdir()) == ["old.0", "train.log"], "nothing of the run is left"
-    assert {str(p.relative_to(run / "old.0")) for p in (run / "old.0").rglob("*")} == before - {"train.log"}
+    assert {str(p.relative_to(run / "old.0")) for p in Path(run / "old.0").rglob("*")} == before - {"train.log"}
     assert workdirs.set_aside(run) is None
     (run / "config.json").write_text("{}")
     assert workdirs.set_aside(run) == run / "old.1"
