@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -112,3 +113,11 @@ def require(flag: flags.FlagHolder, name: str) -> object:
     if flag.value is None:
         fail(f"--{name} is missing: see --help")
     return flag.value
+
+
+def require_local(flag: flags.FlagHolder, name: str) -> Path:
+    """The path on this machine that a flag must give; one in a bucket would be a local folder called gs: otherwise."""
+    text = require(flag, name)
+    if "://" in text:
+        raise ValueError(f"--{name} {text} is remote: name a local folder or a mounted bucket (gcsfuse)")
+    return Path(text)

@@ -8,7 +8,6 @@ command resumes what was stopped, and does nothing more where the result is comp
 
 import dataclasses
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -34,8 +33,8 @@ def main() -> None:
     if LIST.value:
         print("\n\n".join(registry.describe(name) for name in registry.NAMES))
         return
-    name, out = cli.require(EVAL, "eval"), Path(cli.require(OUT, "out"))
-    folder = Path(cli.require(DATA, "data"))
+    name, out = cli.require(EVAL, "eval"), cli.require_local(OUT, "out")
+    folder = cli.require_local(DATA, "data")
     sources = cli.require(CHECKPOINT, "checkpoint")
     module = registry.evaluation(name)
     settings = registry.settings(name, dict(_pair("set", text) for text in SET.value))

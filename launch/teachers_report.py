@@ -39,7 +39,7 @@ JSON = flags.DEFINE_bool("json", False, "print everything as JSON instead of tab
 
 
 def main() -> None:
-    folder, out = Path(cli.require(DATA, "data")), Path(cli.require(OUT, "out"))
+    folder, out = cli.require_local(DATA, "data"), cli.require_local(OUT, "out")
     settings = compatibility.Settings(IMAGES.value, RESOLUTION.value, PATCH_MEAN.value, batch_size=BATCH_SIZE.value)
     if not folder.exists():
         raise FileNotFoundError(f"--data {folder}: no such folder")

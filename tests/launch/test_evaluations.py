@@ -141,6 +141,7 @@ def test_evaluate_gives_the_figures_of_the_training_run(setting, tmp_path):
         (["--checkpoint=a.pte"], ["a.pte"]),
         (["--checkpoint=host:nothing:Here"], ["nothing"]),
         (["--data=/nowhere"], ["--data /nowhere"]),
+        (["--out=gs://bucket/out"], ["--out gs://bucket/out", "mounted"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
