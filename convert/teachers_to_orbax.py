@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from convert import cli
 from convert.transformers_layout import check_config
+from eupe_jax.files import move_whole
 from eupe_jax.models import interchange, perception_encoder, text_tower, zoo
 from eupe_jax.models.spec import EncoderSpec
 from eupe_jax.training import checkpoints, encoders, streaming, weight_files
@@ -198,7 +199,7 @@ def _write(out: Path, plan: Plan, leaves: Iterator[tuple[str, np.ndarray]], mani
     try:
         temporary.mkdir()
         streaming.save(temporary / "checkpoint", plan.items, leaves, **{checkpoints.MANIFEST: manifest})
-        os.replace(temporary / "checkpoint", out)
+        move_whole(temporary / "checkpoint", out)
     except ValueError as error:
         reason = re.search(r"Failed to write[^:]*: (.+?) \[os_error_code", str(error))
         if reason is None:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import numpy as np
 import safetensors.numpy
 
+from eupe_jax.files import move_whole
 from eupe_jax.models import convnext, layers, vit
 from eupe_jax.training.encoders import LoadedEncoder
 
@@ -161,7 +162,7 @@ def write(
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         check(temporary)
-        os.replace(temporary, out)
+        move_whole(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

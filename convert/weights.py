@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from convert.torch_convnext import ConvNeXt
 from convert.torch_vit import VisionTransformer
 from convert.transformers_layout import check_config
+from eupe_jax.files import flush, move_whole
 from eupe_jax.models import interchange, zoo
 from eupe_jax.training import weight_files
 from eupe_jax.training.checkpoints import TOKEN_LAYOUT
@@ -130,8 +130,9 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         for path, content in contents.items():
             with open(temporaries[path], "xb") as file:
                 file.write(content)
+            flush(temporaries[path])  # before the first gets its name: all of them or none
         for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+            move_whole(temporary, path)
     finally:
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):

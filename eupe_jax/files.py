@@ -26,12 +26,17 @@ def write_whole(path: epath.PathLike, data: bytes | str) -> None:
 
 
 def move_whole(partial: epath.PathLike, path: epath.PathLike) -> None:
-    """Gives a file that is written its name, in the same folder; what had that name before is gone."""
+    """Gives a file, or a local folder, that is written its name, on the same disk; a file of that name is gone then."""
     partial, path = epath.Path(partial), epath.Path(path)
     if "://" in str(path):
         partial.replace(path)
         return
-    flush(partial)
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            flush(epath.Path(folder) / name)
+        flush(epath.Path(folder))
+    if not partial.is_dir():
+        flush(partial)
     os.replace(partial, path)
     flush(path.parent)
 

@@ -28,3 +28,19 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         files.write_whole(tmp_path / "nowhere" / "b", "new")
+
+
+def test_a_folder_gets_its_name_when_all_in_it_is_on_the_disk(tmp_path, monkeypatch):
+    partial, path = tmp_path / ".x.partial", tmp_path / "x"
+    (partial / "a").mkdir(parents=True)
+    (partial / "a" / "b").write_text("content")
+    flushed, flush = [], files.flush
+
+    def noted(each):
+        flushed.append(str(each.relative_to(tmp_path)))
+        flush(each)
+
+    monkeypatch.setattr(files, "flush", noted)
+    files.move_whole(partial, path)
+    assert sorted(flushed[:-1]) == [".x.partial", ".x.partial/a", ".x.partial/a/b"] and flushed[-1] == "."
+    assert (path / "a" / "b").read_text() == "content" and not partial.exists()

@@ -26,7 +26,7 @@ from eupe_jax.data.shard_files import ShardWriter, alone, write_json
 from eupe_jax.data.sources import Record, Source
 from eupe_jax.data.teacher_stage import Features
 from eupe_jax.distill.teacher_spec import TeacherSpec
-from eupe_jax.files import flush, write_whole
+from eupe_jax.files import move_whole, write_whole
 from eupe_jax.hashing import sha256_file
 
 SHARD_BYTES = 1 << 28  # of a shard, where their number is not given: what a killed run may lose
@@ -197,8 +197,7 @@ class _Build:
         for half_written in self.folder.glob(".*.partial"):  # of runs that were killed
             half_written.unlink()
         if (self.folder / PROGRESS).is_file():
-            os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
-            flush(self.folder)
+            move_whole(self.folder / PROGRESS, self.folder / MANIFEST)
 
 
 class _ViewReader:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import eupe_jax
 from convert import teachers_to_orbax, transformers_layout
+from eupe_jax import files
 from eupe_jax.models import interchange, text_tower, zoo
 from eupe_jax.training import checkpoints, encoders, integrity, streaming
 from tests.convert.conftest import make_encoder
@@ -48,9 +49,11 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(got[path], value, err_msg=str(path))
 
 
-def test_every_bit_arrives_and_the_manifest_says_how_to_feed_it(encoder, source, tmp_path):
-    out = tmp_path / "deep" / "teacher"
+def test_every_bit_arrives_and_the_manifest_says_how_to_feed_it(encoder, source, tmp_path, monkeypatch):
+    out, on_disk = tmp_path / "deep" / "teacher", set()
+    monkeypatch.setattr(files, "flush", lambda path: on_disk.add(path.name))
     manifest = teachers_to_orbax.convert(encoder.name, source, out, overrides=encoder.overrides)
+    assert on_disk >= {path.name for path in out.rglob("*")}
     loaded = eupe_jax.load_encoder(out)
     assert_same(loaded.variables["params"], encoder.variables["params"])
     assert_same(loaded.variables["buffers"], encoder.variables.get("buffers", {}))

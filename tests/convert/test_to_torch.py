@@ -1,6 +1,7 @@
 """Checkpoint to weights file: what is written, and that nothing is written when anything is wrong."""
 
 import dataclasses
+import errno
 import json
 import pickle
 import subprocess
@@ -338,6 +339,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         weights.write_files({old: b"new", tmp_path / "no" / "such" / "folder": b""})
     assert old.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_disk_that_turns_out_full_leaves_all_old_files(tmp_path, monkeypatch):
+    """What a write took without a word may fail to reach the disk."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"old"), second.write_bytes(b"old")
+
+    def full(path):
+        if path.name.startswith(".b."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.write_files({first: b"new", second: b"new"})
+    assert first.read_bytes() == second.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_packaged_photographs_serve_by_default():
