@@ -15,7 +15,7 @@ BETTER = {"max": 1.0, "min": -1.0}
 
 
 def check_settings(settings: ConfigDict, evaluations: Iterable[str]) -> None:
-    """What can be seen to be wrong with `config.checkpoint` before training.
+    """What can be seen to be wrong with which checkpoints `config.checkpoint` keeps, before training.
 
     Args:
       evaluations: names of the evaluations inside training.
@@ -23,7 +23,7 @@ def check_settings(settings: ConfigDict, evaluations: Iterable[str]) -> None:
     Raises:
       ValueError: names the field and the fix.
     """
-    for field, least in (("save_every", 1), ("keep", 1), ("keep_every", 0), ("keep_best", 0)):
+    for field, least in (("keep", 1), ("keep_every", 0), ("keep_best", 0)):
         if settings[field] < least:
             raise ValueError(f"checkpoint.{field} must be at least {least}, got {settings[field]}")
     if not settings.keep_best:
