@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -103,9 +105,17 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
                 raise
             for note in getattr(error, "__notes__", ()):  # what does not go into a line: lists of files
                 print(note, file=sys.stderr)
+            _hush()
             fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _hush() -> None:
+    """From here on nobody says more: what a failed save left behind (threads, coroutines nobody awaits) would bury the
+    error's line under stacks of other packages."""
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = sys.excepthook = threading.excepthook = lambda *_: None
 
 
 def require(flag: flags.FlagHolder, name: str) -> object:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from eupe_jax.training import checkpoints
 from tests.data.test_loader import session_is_alive
@@ -112,8 +111,7 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
     """{item/path: array} of the newest checkpoint, all that is in it: backbones, adapters, optimizers, statistics."""
     step = checkpoints.step_directory(workdir)
     items = sorted(path.name for path in step.iterdir() if path.is_dir() and path.name != checkpoints.MANIFEST)
-    with ocp.PyTreeCheckpointer() as reader:
-        trees = {item: reader.restore(step / item) for item in items}
+    trees = {item: checkpoints.restore_item(step, item) for item in items}  # on whatever devices it was written
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
 
 

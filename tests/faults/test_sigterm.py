@@ -72,7 +72,7 @@ def test_training_in_every_phase(training, tmp_path, record):
     command, before = begin(lambda command, before: has_logged(command, run, past=before.newest + 1))
     seconds["training"] = tell(command)
     assert f"is saved at step {finished_steps(run)[-1]}: {AGAIN}" in command.printed
-    assert finished_steps(run)[-1] == logged_step(run) > before.newest
+    assert finished_steps(run)[-1] >= logged_step(run) > before.newest
 
     seconds["save"] = told_within("save", begin, run)
     seconds["evaluation"] = told_within("evaluation", begin, run)
