@@ -188,13 +188,14 @@ def _train(
                 scalars = {f"{each.name}/{k}": v for k, v in each.run(step, state).items()}
                 writer.write(step, scalars)
                 saver.note(step, scalars)
+            sync_global_devices(f"evaluated step {step}")  # else the others would wait for the first one in a step
 
     def first_not_finite(step: int) -> str:
         with watchdog.paused(), contextlib.closing(data.batches(teachers.hosts, mesh, start_step=step)) as again:
             return diagnosis.first_not_finite(config, state, step, next(again), teachers, placed_statistics, mesh)
 
-    if start:  # what was due at the step this run resumes from, and may have been killed
-        evaluate(evals_due(evals, start, config.total_steps), start)
+    if start and (due := evals_due(evals, start, config.total_steps)):  # it may have been killed
+        evaluate(due, start)
     opened.enter_context(_diagnosed(first_not_finite))
     opened.enter_context(preemption.something_to_save())
     for step in range(start, end):

@@ -24,6 +24,7 @@ from eupe_jax.training.integrity import CorruptCheckpoint
 from eupe_jax.training.loop import Eval, train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
+from eupe_jax.training.watchdog import Watchdog
 from tests.training.conftest import tiny_config
 
 
@@ -71,7 +72,7 @@ def test_training_moves_towards_the_teachers(whole_run):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_crash_loses_only_what_was_not_saved(whole_run, tmp_path):
+def test_crash_loses_only_what_was_not_saved(whole_run, tmp_path, monkeypatch):
     config, _, state = whole_run
 
     def crash(step, state):
@@ -80,8 +81,14 @@ def test_crash_loses_only_what_was_not_saved(whole_run, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         train(config, tmp_path, evals=[Eval("crash", 3, crash)])
     assert checkpoints.step_directory(tmp_path).name == "3", "saved before it evaluates"
-    assert_same(train(config, tmp_path), state)
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+    # hosts that do not evaluate wait for the one that does, and none of them takes that for a stall
+    waited, watchdogs = [], []
+    monkeypatch.setattr(loop, "Watchdog", lambda *args: watchdogs.append(Watchdog(*args)) or watchdogs[-1])
+    monkeypatch.setattr(loop, "sync_global_devices", lambda name: waited.append((name, watchdogs[-1]._began is None)))
+    assert_same(train(config, tmp_path, evals=[Eval("calm", 4, lambda step, state: {"x": 1.0})]), state)
+    assert waited[:-1] == [("evaluated step 4", True)]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 4]
 
 
 def test_another_mesh_gives_the_same_run(whole_run, tmp_path, monkeypatch):
