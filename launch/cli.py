@@ -115,6 +115,7 @@ def _hush() -> None:
     """From here on nobody says more: what a failed save left behind (threads, coroutines nobody awaits) would bury the
     error's line under stacks of other packages."""
     warnings.simplefilter("ignore")
+    logging.disable()
     sys.unraisablehook = sys.excepthook = threading.excepthook = lambda *_: None
 
 
