@@ -1,5 +1,6 @@
 """What the command-line entries share: flags, and errors as one line that names the fix."""
 
+import atexit
 import logging
 import os
 import re
@@ -105,15 +106,15 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
                 raise
             for note in getattr(error, "__notes__", ()):  # what does not go into a line: lists of files
                 print(note, file=sys.stderr)
-            _hush()
+            atexit.register(_hush)
             fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
 
     app.run(guarded, flags_parser=_parse)
 
 
 def _hush() -> None:
-    """From here on nobody says more: what a failed save left behind (threads, coroutines nobody awaits) would bury the
-    error's line under stacks of other packages."""
+    """At the end nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
+    bury the error's line under stacks of other packages."""
     warnings.simplefilter("ignore")
     logging.disable()
     sys.unraisablehook = sys.excepthook = threading.excepthook = lambda *_: None

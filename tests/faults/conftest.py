@@ -4,6 +4,7 @@ Faults are counted in every session. The summary and the table are written by a 
 (`make faults`), so that they never mix what different states of the code did.
 """
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -29,6 +30,15 @@ def pytest_configure(config):
         config.stash[BEGAN] = time.time()
 
 
+def folder() -> Path:
+    """Where the workers of a session append to; of this worker alone where the session began above this folder, and
+    its controller never read this file."""
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="eupe_jax_faults_")
+        atexit.register(shutil.rmtree, os.environ[FOLDER], ignore_errors=True)
+    return Path(os.environ[FOLDER])
+
+
 @pytest.fixture
 def record():
     """`record("kill -9", phase="save", injected=5, recovered=5, lost=0)`: counts a fault, once it is asserted.
@@ -38,7 +48,7 @@ def record():
     """
 
     def append(kind: str, phase: str = "", **counts: float) -> None:
-        report.append(Path(os.environ[FOLDER]), kind, phase, counts)
+        report.append(folder(), kind, phase, counts)
 
     return append
 
@@ -46,9 +56,9 @@ def record():
 @pytest.fixture(scope="session")
 def cache():
     """Folder of compiled programs, of all tests and workers of the session: nothing is compiled twice."""
-    folder = Path(os.environ[FOLDER]) / "compiled"
-    folder.mkdir(exist_ok=True)
-    return folder
+    compiled = folder() / "compiled"
+    compiled.mkdir(exist_ok=True)
+    return compiled
 
 
 def is_whole(config) -> bool:
@@ -63,8 +73,8 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workerinput"):
         return
-    faults = report.collect(Path(os.environ[FOLDER]))
-    shutil.rmtree(os.environ[FOLDER])
+    faults = report.collect(folder())
+    shutil.rmtree(folder())
     config.stash[COUNTED] = faults
     if not is_whole(config):
         return
