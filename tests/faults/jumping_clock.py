@@ -1,5 +1,5 @@
 """python jumping_clock.py SCRIPT ...: runs a script of launch/ while the clock that Python sees jumps by up to ten
-years either way, every three seconds."""
+years either way, every second."""
 
 import os
 import random
@@ -8,7 +8,7 @@ import sys
 import time
 
 YEARS = 10 * 365 * 86400
-EVERY_SECONDS = 3
+EVERY_SECONDS = 1
 now, now_ns = time.time, time.time_ns
 
 

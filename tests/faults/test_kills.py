@@ -25,7 +25,7 @@ from tests.training.conftest import tiny_config
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 
 STEPS, LOG_EVERY, SAVE_EVERY, EVALUATE_EVERY = 96, 3, 4, 12  # most saves fall between two lines of metrics
-TRAINING_KILLS = {"start": 3, "training": 10, "save": 10, "evaluation": 7}
+TRAINING_KILLS = {"start": 3, "training": 5, "save": 10, "evaluation": 7}
 STATISTICS_KILLS, PACK_KILLS, PRECOMPUTE_KILLS = 6, 8, 5
 RESULT = "evals/neighbours/vitt/{step}/metrics.json"
 
