@@ -6,7 +6,7 @@ Before anything is written, at every size real images must give the same feature
 PyTorch and the finished program run by the ExecuTorch runtime (fp32: 1e-3; int8: mean cosine of class tokens 0.999, of
 patches 0.995), and the XNNPACK delegate must take 99% of the FLOPs. The program has a method for every size, encode_256
 or encode_256x320; where there is one size only, it is called forward, too. How to feed it stands in NAME.json beside
-NAME.pte and in constant methods inside it (docs/mobile.md).
+NAME.pte and in constant methods inside it (docs/mobile.md); what it is, for people, in NAME.pte.md (docs/cards.md).
 """
 
 import json
@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 import torch
 
-from convert import contract, delegation, gates, lowering, onnx_file, to_torch, weights
+from convert import cards, contract, delegation, gates, lowering, onnx_file, to_torch, weights
 from convert.contract import Size
 from convert.export_modules import for_export
 from eupe_jax.evals.pte import PteProgram, set_threads
@@ -207,7 +207,7 @@ def convert(
     allow_inaccurate: bool = False,
     onnx: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Exports, gates, measures, then writes `out` and NAME.json; returns what NAME.json holds.
+    """Exports, gates, measures, then writes `out`, NAME.json and cards; returns what NAME.json holds.
 
     Args:
       images: folder of photographs for the gates, and for choosing the layers that int8 leaves alone.
@@ -257,7 +257,7 @@ def convert(
         files[Path(onnx)], report["methods"][name]["gates"]["torch_vs_onnx"] = _onnx(
             encoder, module, network, photographs[name], uint8_input, contract.constants(report, sizes)
         )
-    _write(out, files, report)
+    _write(out, files, report, cards.files(encoder, out, report, library="executorch"))
     return report
 
 
@@ -278,9 +278,9 @@ def _onnx(encoder, module, network, images_NxHxWx3, uint8_input, constants) -> t
     return model, onnx_file.gate(model, {name: reference[name] for name in network.outputs}, inputs)
 
 
-def _write(out: Path, files: Mapping[Path, bytes], report: Mapping[str, Any]) -> None:
+def _write(out: Path, files: Mapping[Path, bytes], report: Mapping[str, Any], beside: Mapping[Path, bytes]) -> None:
     try:
-        weights.write_files({out.with_suffix(".json"): json.dumps(report, indent=2).encode(), **files})
+        weights.write_files({**beside, out.with_suffix(".json"): json.dumps(report, indent=2).encode(), **files})
     except OSError as e:  # a full disk names no file
         raise OSError(f"--out {out} could not be written: {e.strerror or e}; nothing written") from None
 
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(summarise(report))
     out = Path(args.out)
-    also = f", {args.onnx}" if args.onnx else ""
+    also = (f", {args.onnx}" if args.onnx else "") + f"; its card is {cards.paths(out)[0].name}"
     print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB) and {out.with_suffix('.json')}{also}")
     return 0
 

@@ -7,7 +7,7 @@ Before anything is written the PyTorch module must reproduce the Flax encoder on
 transformers so must the model that transformers loads, where it is installed. "official" writes a state_dict for the
 authors' own modules: .safetensors with its metadata inside, or .pt with the metadata beside it in FILE.pt.json.
 "transformers" writes a folder for AutoModel.from_pretrained. It computes RoPE periods from a base, so that an encoder
-with others, such as the rounded ones of released weights, is refused.
+with others, such as the rounded ones of released weights, is refused. A card goes with each (docs/cards.md).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from convert import gates, transformers_layout, weights
+from convert import cards, gates, transformers_layout, weights
 from eupe_jax.models import interchange, rope
 from eupe_jax.training import weight_files
 from eupe_jax.training.encoders import LoadedEncoder
@@ -97,14 +97,20 @@ def convert(
         def check(folder: Path) -> None:
             if transformers_layout.available():
                 metadata["gates"]["flax_vs_transformers"] = gate_folder(encoder, folder, photographs)
+            described = cards.files(encoder, out, metadata, library="transformers", inside=True)
+            for path, content in described.items():
+                (folder / path.name).write_bytes(content)
 
         transformers_layout.write(encoder, state_dict, header, out, check)
-    elif out.suffix == ".safetensors":
-        weights.write_files({out: safetensors.numpy.save(state_dict, metadata={"format": "pt", "eupe_jax": header})})
+        return metadata
+    beside = cards.files(encoder, out, metadata, library="pytorch")
+    if out.suffix == ".safetensors":
+        content = safetensors.numpy.save(state_dict, metadata={"format": "pt", "eupe_jax": header})
+        weights.write_files({**beside, out: content})
     else:
         buffer = io.BytesIO()
         torch.save({name: torch.from_numpy(value.copy()) for name, value in state_dict.items()}, buffer)
-        weights.write_files({weight_files.sidecar(out): header.encode(), out: buffer.getvalue()})
+        weights.write_files({**beside, weight_files.sidecar(out): header.encode(), out: buffer.getvalue()})
     return metadata
 
 
@@ -154,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.layout == "transformers" and "flax_vs_transformers" not in metadata["gates"]:
         print("transformers is not installed here: only the names and the PyTorch module were checked")
     written = Path(args.out) / "model.safetensors" if args.layout == "transformers" else Path(args.out)
-    print(f"wrote {args.out}: {encoder.name}, {written.stat().st_size / 2**20:.1f} MiB")
+    card = cards.paths(Path(args.out))[0].name if args.layout == "official" else cards.FOLDER_CARD
+    print(f"wrote {args.out}: {encoder.name}, {written.stat().st_size / 2**20:.1f} MiB; its card is {card}")
     return 0
 
 

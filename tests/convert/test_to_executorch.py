@@ -206,7 +206,9 @@ def test_command_line_writes_program_and_contract(vit, written):
     folder, printed = written
     assert printed.count("100.0% of") == 4 and printed.count("median of 2 runs, 1 threads") == 2
     assert printed.count("planned buffers") == 2
-    assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.pte"]
+    assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.pte", "x.pte.md"]
+    card = (folder / "x.pte.md").read_text()
+    assert "library_name: executorch" in card and "| `encode_32` " in card and "method `encode_64x96`" in card
     report = json.loads((folder / "x.json").read_text())
     assert report["resolution"] == [64, 96] and report["model"] == "eupe_vitt16" and report["mean"] == list(vit.mean)
     assert report["weights_sha256"] == weights.digest(weights.to_state_dict(vit))

@@ -55,7 +55,7 @@ def test_weights_and_metadata_survive_the_round_trip(encoder, tmp_path, photogra
     assert (loaded.mean, loaded.std) == (encoder.mean, encoder.std)
     assert metadata["gates"]["flax_vs_torch"]["patches"]["max_abs"] <= 1e-4
     assert loaded.manifest["weights_sha256"] == weights.digest(weights.to_state_dict(encoder))
-    expected = {out.name} | ({out.name + ".json"} if suffix == ".pt" else set())
+    expected = {out.name, out.name + ".md"} | ({out.name + ".json"} if suffix == ".pt" else set())
     assert {p.name for p in tmp_path.iterdir()} == expected
     if suffix == ".pt":  # a bare state_dict: loads into other code without this package
         type(weights.to_module(encoder)).from_state_dict(torch.load(out, weights_only=True))
@@ -105,8 +105,12 @@ def test_transformers_opens_the_folder_and_agrees(encoder, tmp_path, photographs
     arguments = ["--checkpoint", str(source), "--out", str(out), "--images", str(photographs)]
     assert to_torch.main([*arguments, "--layout", "transformers"]) == 0
     assert "Flax vs transformers, patches: max abs" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "student.safetensors"]
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "folder", "student.safetensors", "student.safetensors.md"
+    ]  # fmt: skip
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(p.name for p in out.iterdir()) == files
+    assert "| Flax and transformers | patches" in (out / "README.md").read_text()
 
     model = transformers.AutoModel.from_pretrained(out)
     assert type(model).__name__ == {"eupe_vitt16": "DINOv3ViTModel"}.get(encoder.name, "DINOv3ConvNextModel")
