@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -26,8 +27,8 @@ FIELDS = {"eval", "data", "every", "settings", "teachers"}
 def training_evals(config: ConfigDict, workdir: epath.PathLike) -> list[Eval]:
     """Reads and checks the data of every entry of `config.evals` now, so that nothing fails after hours.
 
-    Results go to `workdir/evals/NAME/STUDENT/STEP`, their scalars to the run's own metrics. On several hosts the first
-    one evaluates, on its own devices, while the others wait.
+    Results go to `workdir/evals/NAME/STUDENT/STEP`, their scalars and pictures to the run's own loggers as well. On
+    several hosts the first one evaluates, on its own devices, while the others wait.
 
     Raises:
       ValueError, OSError: unknown evaluation, field or setting; data missing or broken.
@@ -49,9 +50,8 @@ class _Evaluation:
     def __init__(self, name: str, entry: ConfigDict, config: ConfigDict, workdir: epath.Path) -> None:
         if set(entry) - FIELDS or not {"eval", "data", "every"} <= set(entry):
             raise ValueError(f"evals.{name} takes the fields {sorted(FIELDS)}, got {sorted(entry)}")
-        if entry.eval == "pca" or not Path(entry.data).exists():
-            problem = "pca takes several encoders" if entry.eval == "pca" else f"no such folder: {entry.data}"
-            raise ValueError(f"evals.{name}: {problem}")
+        if not Path(entry.data).exists():
+            raise ValueError(f"evals.{name}: no such folder: {entry.data}")
         self.name, self.entry, self.config, self.folder = name, entry, config, workdir / "evals" / name
         self.workdir = workdir
         self.module = registry.evaluation(entry.eval)
@@ -63,18 +63,19 @@ class _Evaluation:
     def as_eval(self) -> Eval:
         return Eval(self.name, self.entry.every, self.run)
 
-    def run(self, step: int, state: dict) -> dict[str, float]:
-        scalars = {}
+    def run(self, step: int, state: dict) -> dict[str, float | np.ndarray]:
+        """{"STUDENT/NAME": scalar or picture} on the first host."""
+        found: dict[str, float | np.ndarray] = {}
         for student in self.config.students:
             params = state["students"][student]
             held = {"params": params["params"]["backbone"], "buffers": params["buffers"]}
             variables = jax.device_get(_whole(held))  # every host takes part
             if jax.process_index() == 0:
-                metrics = self._measure(step, student, variables)
-                scalars |= {f"{student}/{key}": value for key, value in metrics.items()}
-        return scalars
+                measured = self._measure(step, student, variables)
+                found |= {f"{student}/{key}": value for key, value in measured.items()}
+        return found
 
-    def _measure(self, step: int, student: str, variables: dict) -> dict[str, float]:
+    def _measure(self, step: int, student: str, variables: dict) -> dict[str, float | np.ndarray]:
         encoder = self._encoder(student, variables)
         folder = self.folder / student / str(step)
         header = {
@@ -89,7 +90,7 @@ class _Evaluation:
         }
         found = report.read(folder)
         if found is not None and report.same(found, header):
-            return found["metrics"]
+            return {**report.pictures(folder), **found["metrics"]}
         # What a killed evaluation left, to go on from; nothing that a finished one needs.
         remote = "://" in str(folder)
         work = Path(tempfile.mkdtemp(prefix="evaluation_")) if remote else Path(folder) / "work"
@@ -99,7 +100,7 @@ class _Evaluation:
         finally:
             if remote or report.read(folder) is not None:
                 shutil.rmtree(work, ignore_errors=True)
-        return result.metrics
+        return {**result.images, **result.metrics}
 
     def _encoder(self, student: str, variables: dict) -> FlaxEncoder:
         entry = self.config.students[student]

@@ -3,6 +3,7 @@
 metrics.json is written last and renamed into place: where it exists, the evaluation is complete.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image
-from tensorboardX import SummaryWriter
 
 from eupe_jax.evals.interface import Result
 from eupe_jax.files import write_whole
+from eupe_jax.training.events import Events
 
 METRICS = "metrics.json"
 # Two results that agree in these are one.
@@ -38,11 +39,10 @@ def write(folder: epath.PathLike, result: Result, header: Mapping[str, Any], ste
     events = folder / "tensorboard"
     if events.exists():
         events.rmtree()
-    with SummaryWriter(str(events)) as writer:
-        for name, value in result.metrics.items():
-            writer.add_scalar(f"{header['eval']}/{name}", value, step)
+    with contextlib.closing(Events(events, step)) as writer:
+        writer.write(step, {f"{header['eval']}/{name}": value for name, value in result.metrics.items()})
         for name, picture in result.images.items():
-            writer.add_image(f"{header['eval']}/{name}", np.asarray(picture, np.uint8), step, dataformats="HWC")
+            writer.image(step, f"{header['eval']}/{name}", picture)
     content = {**header, "metrics": result.metrics, "details": result.details}
     write_whole(folder / METRICS, json.dumps(content, indent=2, default=_plain).encode())
 
@@ -63,6 +63,15 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the result of an evaluation: {error}") from None
     return content
+
+
+def pictures(folder: epath.PathLike) -> dict[str, np.ndarray]:
+    """The pictures that `write` left, uint8 RGB [H, W, 3] by name."""
+    found = {}
+    for path in sorted(epath.Path(folder).glob("*.png")):
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as picture:
+            found[path.stem] = np.asarray(picture.convert("RGB"))
+    return found
 
 
 def same(found: Mapping[str, Any], header: Mapping[str, Any]) -> bool:

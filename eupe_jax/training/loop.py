@@ -20,7 +20,7 @@ from eupe_jax.distill.teachers import Teacher
 from eupe_jax.files import write_whole
 from eupe_jax.sharding.mesh import make_mesh, replicated
 from eupe_jax.sharding.rules import shardings
-from eupe_jax.training import assemble, best, diagnosis, kernels, pipeline, program, summary, workdirs
+from eupe_jax.training import assemble, best, diagnosis, kernels, loggers, pipeline, program, summary, workdirs
 from eupe_jax.training.checkpoints import Checkpoints, abstract, read_manifest
 from eupe_jax.training.distributed import is_main
 from eupe_jax.training.divergence import ReplicaCheck
@@ -42,7 +42,8 @@ ON_CORRUPT = ("stop", "fallback")
 
 @dataclass(frozen=True)
 class Eval:
-    """Something to run inside training: `run(step, state) -> scalars`, every `every` steps and at the end.
+    """Something to run inside training: `run(step, state) -> {name: scalar or picture}`, every `every` steps and at the
+    end. Pictures, uint8 RGB [H, W, 3], go to the run's loggers alone.
 
     It must leave `state` as it is, and give the same scalars when it is run again on the same state: a run that is
     killed while evaluating evaluates again when it resumes.
@@ -50,7 +51,7 @@ class Eval:
 
     name: str
     every: int
-    run: Callable[[int, dict], dict[str, float]]
+    run: Callable[[int, dict], dict[str, float | np.ndarray]]
 
 
 def train(
@@ -148,9 +149,12 @@ def _train(
     replicas = ReplicaCheck(mesh)
     health = Health(workdir, config, data.describe, enabled=is_main())
     running = RunningMetrics(read_manifest(saver.directory / str(start)).get(SINCE_LOG) if start else None)
-    writer = MetricWriter(workdir, resume_step=start, enabled=is_main())
+    shown = {"names": config.get("loggers", (loggers.TENSORBOARD,)), "config": config.to_dict()}
+    writer = MetricWriter(workdir, resume_step=start, enabled=is_main(), **shown)
     for each in (profiler, writer):
         _close_at_end(opened, each)
+    if not start:
+        writer.begin(config.to_dict(), statistics_arrays)
     bar = tqdm(total=config.total_steps, initial=start, unit="step", disable=not is_main(), desc=workdir.name)
     _close_at_end(opened, bar)
     timing = Timing(config.batch_size, flops, mesh.devices.flatten().tolist())
@@ -185,7 +189,10 @@ def _train(
     def evaluate(due: Sequence[Eval], step: int) -> None:
         with timing.part("eval"), watchdog.paused(), preemption.nothing_to_save():
             for each in due:
-                scalars = {f"{each.name}/{k}": v for k, v in each.run(step, state).items()}
+                found = {f"{each.name}/{k}": v for k, v in each.run(step, state).items()}
+                pictures = {k: v for k, v in found.items() if getattr(v, "ndim", 0) == 3}
+                scalars = {k: v for k, v in found.items() if k not in pictures}
+                writer.pictures(step, pictures)
                 writer.write(step, scalars)
                 saver.note(step, scalars)
             sync_global_devices(f"evaluated step {step}")  # else the others would wait for the first one in a step
@@ -276,11 +283,12 @@ def check_run(
       The config as its `config.json` has it, with `compute.teacher_gelu` as it is on these chips, and the mesh.
 
     Raises:
-      ValueError: names the field and the fix.
+      ValueError: names the field and the fix. ImportError: a logger's package is missing.
     """
     pipeline.check_config(config)
     check_evals(evals, config.log_every)
     best.check_settings(config.checkpoint, [each.name for each in evals])
+    loggers.check(config.get("loggers", ()))
     mesh = make_mesh(**config.mesh)
     check_mesh(config, mesh, jax.process_count())
     config = config.copy_and_resolve_references()

@@ -1,11 +1,13 @@
-"""Metrics: averaged between logs with clu.metrics, written as TensorBoard events and as JSON lines."""
+"""Metrics: averaged between logs with clu.metrics, written as JSON lines and shown by the run's loggers."""
 
+import contextlib
 import json
 import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from clu.metrics import Average
 from etils import epath
 
 from eupe_jax.files import naming, write_whole
-from eupe_jax.training.events import Events
+from eupe_jax.training import loggers
 
 UPLOAD_SECONDS = 60.0  # how often lines for a bucket are uploaded between two saves, for those who look on
 
@@ -74,19 +76,33 @@ class RunningMetrics:
 
 
 class MetricWriter:
-    """Writes scalars to `workdir/tensorboard` and, as JSON lines, to a file beside it; silent where `enabled` is False.
+    """Writes scalars as JSON lines and gives them to the run's loggers; silent where `enabled` is False.
 
     What was computed stands in metrics.jsonl: a run that was stopped and resumed has the same lines as one that never
     stopped. How fast it went stands in timings.jsonl, which no two runs have alike. JSON has no NaN: what is not finite
     is null there. In a bucket both are uploaded before each save: see `upload_waiting`.
     """
 
-    def __init__(self, workdir: epath.Path, *, resume_step: int = 0, enabled: bool = True) -> None:
-        self._metrics = self._timings = self._events = None
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        resume_step: int = 0,
+        enabled: bool = True,
+        names: Sequence[str] = (loggers.TENSORBOARD,),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """names: of loggers, which show `config`.
+
+        Raises:
+          ValueError, ImportError, OSError: as `loggers.connect`; or a file of lines is damaged, or cannot be written.
+        """
+        self._metrics = self._timings = None
+        self._loggers: list[loggers.Logger] = []
         if enabled:
             self._metrics = _Lines(workdir / "metrics.jsonl", resume_step)
             self._timings = _Lines(workdir / "timings.jsonl", resume_step)
-            self._events = Events(workdir / "tensorboard", resume_step)
+            self._loggers = loggers.connect(names, workdir, resume_step, config)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """What was computed."""
@@ -100,12 +116,34 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         if lines is None or not scalars or not lines.append({"step": step, **finite}):
             return
-        self._events.write(step, {name: value for name, value in finite.items() if value is not None})
+        known = {name: value for name, value in finite.items() if value is not None}
+        for each in self._loggers:
+            each.write(step, known)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """{name: uint8 RGB [H, W, 3]}, for the loggers."""
+        for each in self._loggers:
+            for name, picture in pictures.items():
+                each.image(step, name, picture)
+
+    def begin(self, config: Mapping[str, Any], statistics: Mapping[str, Mapping[str, Mapping]]) -> None:
+        """What a run begins with, for the loggers: its config, and how the statistics of its targets are distributed.
+
+        statistics: {teacher: {"mean", "std": {kind: [D]}}}.
+        """
+        recipe = "\n".join(f"    {line}" for line in json.dumps(config, indent=2).splitlines())  # code, in Markdown
+        for each in self._loggers:
+            each.text(0, "config", recipe)
+            for teacher, arrays in statistics.items():
+                for what, kinds in arrays.items():
+                    for kind, values in kinds.items():
+                        each.histogram(0, f"statistics/{teacher}/{kind}_{what}", np.asarray(values))
 
     def close(self) -> None:
-        for each in (self._metrics, self._timings, self._events):
-            if each is not None:
-                each.close()
+        with contextlib.ExitStack() as closing:  # the first failure keeps none of the others open
+            for each in (*self._loggers[::-1], self._timings, self._metrics):
+                if each is not None:
+                    closing.callback(each.close)
 
 
 def in_bucket(path: epath.PathLike) -> bool:
