@@ -10,21 +10,20 @@ import pytest
 from PIL import Image
 
 from launch import cli
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "--config=configs/stage2_vitt.py:runlocal"
 
 
 def run(*command, **environment):
-    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**plain, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """A script of ours and its arguments, on one device, in a process of its own (environment: `tests.forked`)."""
+    return forked.run([str(word) for word in command], ROOT, alone() | environment, timeout=300)
+
+
+def alone():
+    """The environment of a command on one device. What it compiles runs once: the compiler is told to hurry."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def assert_one_line(result, *words):
@@ -102,7 +101,9 @@ def test_unknown_recipe_and_mode():
 
 
 def test_print_config_shows_the_whole_recipe():
-    result = run("launch/train.py", "--config=configs/stage3_vitb.py", "--print_config")
+    """In a Python of its own, as a shell starts it."""
+    command = [sys.executable, "launch/train.py", "--config=configs/stage3_vitb.py", "--print_config"]
+    result = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
     assert "total_steps: 100000" in result.stdout and "patch_smooth_l1: 0.1" in result.stdout
 
