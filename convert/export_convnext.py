@@ -58,6 +58,8 @@ class Depthwise(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
+    """A block with its norm, biases and LayerScale folded into its convolutions: [1, C, H, W] to the same."""
+
     @torch.no_grad()
     def __init__(self, block: torch_convnext.Block):
         super().__init__()

@@ -9,18 +9,19 @@ Pixels = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer of these weights [out, in] and biases [out]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     return _filled(layer, weight, bias)
 
 
 def conv(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """An unpadded convolution of that kernel size and stride."""
+    """An unpadded convolution of that kernel size and stride, weight [out, in, h, w]."""
     layer = nn.Conv2d(like.in_channels, like.out_channels, like.kernel_size, like.stride)
     return _filled(layer, weight, bias)
 
 
 def pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """What `linear` does, for the channels of a map."""
+    """What `linear` does with weights [out, in], for the channels of a map."""
     return _filled(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight[:, :, None, None], bias)
 
 
@@ -31,12 +32,12 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 def after_norm(norm: nn.Module, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer that does the affine part of the norm before it too."""
+    """Weight [out, in] and bias [out] of a linear layer that does the affine part of the norm before it too."""
     return weight * norm.weight, bias + weight @ norm.bias
 
 
 def before_scale(gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer that does the layer scale after it too."""
+    """Weight [out, in] and bias [out] of a linear layer that does the layer scale [out] after it too."""
     return weight * gamma[:, None], bias * gamma
 
 

@@ -84,7 +84,7 @@ def torch_features(module: nn.Module, pixels_NxHxWx3: np.ndarray) -> dict[str, n
 def compare(reference: Features, candidate: Features) -> Report:
     """Per kind of token: `max_abs`, the largest difference with the reference scaled to unit standard deviation; of the
     cosines between corresponding tokens the smallest, `cosine`, and the mean, `mean_cosine`. Kinds with no tokens are
-    left out."""
+    left out. Raises GateError where a kind is missing or of another shape."""
     report = {}
     for name, expected in reference.items():
         if not expected.size:

@@ -48,18 +48,22 @@ class LlavaVisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
+        """Patch tokens along one side."""
         return self.resolution // self._stride
 
     @property
     def num_patches(self) -> int:
+        """Patch tokens of an image."""
         return self.num_patches_per_side**2
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.model.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     def train(self, mode: bool = True) -> "LlavaVisionTower":

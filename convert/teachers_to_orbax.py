@@ -63,10 +63,12 @@ class Plan:
 
     @property
     def leaves(self) -> list[streaming.ComingLeaf]:
+        """Every array to come."""
         return jax.tree.leaves(self.items)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of them."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
 

@@ -51,6 +51,8 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Self-attention over [B, T, D] with rotary positions for patch tokens, which come last."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -66,6 +68,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with an exact GELU between, over the last axis."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -76,6 +80,8 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned factor for every channel of the last axis."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
@@ -85,6 +91,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block: [B, T, D] to the same."""
+
     def __init__(self, dim: int, num_heads: int, hidden: int, norm_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -100,6 +108,8 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
+    """[B, 3, H, W] -> [B, D, H / p, W / p]."""
+
     def __init__(self, dim: int, patch_size: int):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)

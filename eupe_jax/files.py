@@ -52,7 +52,7 @@ def flush(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def naming(path: epath.PathLike) -> Iterator[None]:
-    """Around writing to `path`: a full disk is noticed by a write, whose error names no file."""
+    """Around writing to `path`: a full disk is noticed by a write, whose error names no file; the one raised does."""
     try:
         yield
     except OSError as error:

@@ -165,7 +165,7 @@ def luma(x_BxHxWx3: jax.Array) -> jax.Array:
 
 
 def colour_jitter(x: jax.Array, factors_Bx3: jax.Array, hue_B: jax.Array, order_Bx4: jax.Array) -> jax.Array:
-    """Brightness, contrast, saturation (factors) and hue (turns), in each image's own order.
+    """Brightness, contrast, saturation (factors) and hue (turns) of x [B, H, W, 3], in each image's own order.
 
     order: a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue for every image. The first three are one kind
     of operation, a blend with black, with the mean grey or with the grey image. So each image gets the blends that
@@ -191,7 +191,7 @@ def _blend(x, factors_Bx3, operation_B, active_B):
 
 
 def shift_hue(x: jax.Array, turns_B: jax.Array) -> jax.Array:
-    """Rotates the hue of every pixel in HSV by `turns` (1 = the whole circle)."""
+    """Rotates the hue of every pixel of x [B, H, W, 3] in HSV by its image's turns (1 = the whole circle)."""
     r, g, b = x[..., 0], x[..., 1], x[..., 2]
     value = x.max(axis=-1)
     chroma = value - x.min(axis=-1)
@@ -205,7 +205,7 @@ def shift_hue(x: jax.Array, turns_B: jax.Array) -> jax.Array:
 
 
 def gaussian_blur(x: jax.Array, sigma_B: jax.Array, taps: int) -> jax.Array:
-    """Separable Gaussian of `taps` taps with reflected borders and its own sigma (pixels) for every image.
+    """Separable Gaussian of `taps` taps, reflected borders and its own sigma (pixels) for every image of [B, H, W, C].
 
     A sum of shifted pictures, along one axis after the other. The barrier keeps compilers from fusing it with whatever
     made the picture, which they would compute anew for every tap.

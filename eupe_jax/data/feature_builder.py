@@ -126,6 +126,7 @@ def _pieces(first: int, end: int, count: int, piece: int) -> Iterator[tuple[int,
 
 
 def shard_name(shard: int, shards: int) -> str:
+    """File name of shard number `shard`, counted from 0, of `shards`."""
     return f"views-{shard:05d}-of-{shards:05d}.array_record"
 
 

@@ -83,7 +83,8 @@ def encode_features(name: str, tokens: Mapping[str, np.ndarray], precision: str)
 
 
 def decode_features(key: str, entry: Mapping[str, np.ndarray], out: np.ndarray) -> None:
-    """Writes the features that `encode_features` stored under `key` for one image into `out` (float32)."""
+    """Writes the features that `encode_features` stored under `key` for one image into `out`, float32 [...] as
+    they were."""
     if f"{key}.scale" in entry:
         np.multiply(entry[key], entry[f"{key}.scale"], out=out, dtype=np.float32)
     else:

@@ -156,7 +156,11 @@ class RecordReader:
         return self.read(source, index, step, position)[:2]
 
     def read(self, source: Source, index: int, step: int, position: int, name: str = "data") -> Reading:
-        """The image of one place; `name`: what the source is called in `counts`."""
+        """The image of one place; `name`: what the source is called in `counts`.
+
+        Raises:
+          TooManyBroken: every record that was drawn for it was broken.
+        """
         generator = random_generator(self._seed, step, position)
         met = []
         for attempt in range(_ATTEMPTS):

@@ -10,7 +10,7 @@ _ROUNDS = 8
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: a bijection on uint64 whose every output bit depends on every input bit."""
+    """SplitMix64's finaliser: a bijection on uint64 [...] whose every output bit depends on every input bit."""
     x = np.asarray(x, np.uint64)
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -36,7 +36,10 @@ def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray
     """Image of `index` (int64, each in [0, length)) under the permutation of range(length) named by `key`.
 
     `key` may differ from element to element. A Feistel network over a x b >= length whose halves are added modulo a
-    and b, so that at most a values lie outside and walking the cycle back inside is rare.
+    and b, so that at most a values lie outside and walking the cycle back inside is rare. Any shape [...], kept.
+
+    Raises:
+      ValueError: no records, or an index that is not among them.
     """
     index = np.asarray(index, np.int64)
     if length < 1:
@@ -65,6 +68,6 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 
 
 def record_index(seed: int, draw: np.ndarray, length: int) -> np.ndarray:
-    """Record (int64 in [0, length)) of each `draw` (int64 >= 0: how many draws came before it from this source)."""
+    """Record (int64 in [0, length)) of each of `draw` (int64 [...]: how many came before it from this source)."""
     draw = np.asarray(draw, np.int64)
     return permute(draw % length, length, hash_words(seed, 0x6F72646572, draw // length))

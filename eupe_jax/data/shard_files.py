@@ -62,6 +62,7 @@ class ShardWriter:
         return self
 
     def write(self, record: bytes) -> None:
+        """Appends a record. Raises OSError, which names the file."""
         self._call(self._writer.write, record)
         self._sums.append(record[-4:])
 

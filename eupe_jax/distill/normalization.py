@@ -42,6 +42,7 @@ class Provenance:
 
     @classmethod
     def of(cls, spec: TeacherSpec, resolution: tuple[int, ...], data: str) -> "Provenance":
+        """Of a teacher at these sides in pixels, on data described in words."""
         return cls(spec.name, spec.fingerprint, tuple(spec.mean), tuple(spec.std), tuple(resolution), data)
 
 
@@ -65,6 +66,7 @@ class Statistics:
 
     @classmethod
     def from_parts(cls, arrays: Mapping, header: Mapping) -> "Statistics":
+        """From what `arrays` and `header` gave. Raises KeyError or TypeError where a part is missing."""
         p = header["provenance"]
         provenance = Provenance(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in p.items()})
         as_numpy = lambda tree: {k: np.asarray(v, np.float32) for k, v in tree.items()}  # noqa: E731
@@ -129,7 +131,7 @@ def normalize(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 
 
 def denormalize(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """The inverse of `normalize`."""
+    """The inverse of `normalize`: [..., D] -> [..., D]."""
     return x.astype(jnp.float32) * jnp.maximum(std, STD_FLOOR) + mean
 
 

@@ -47,6 +47,7 @@ class Teacher:
 
     @property
     def is_host(self) -> bool:
+        """Whether it runs beside the input pipeline, its features coming with the batch."""
         return self.module is None
 
     @property

@@ -146,6 +146,7 @@ class Frame:
 
     @classmethod
     def of(cls, size: tuple[int, int], side: int, resize: str) -> "Frame":
+        """Of a picture of this size: squashed, or else scaled by its longer side and put in the middle."""
         if resize == "squash":
             return cls(size, side, (side / size[0], side / size[1]), (0, 0), (side, side))
         scale = side / max(size)

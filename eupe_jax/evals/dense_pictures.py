@@ -57,7 +57,7 @@ def grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], width: int
 
 
 def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) -> np.ndarray:
-    """The picture with a key of names and colours below it."""
+    """The picture [H, W, 3] with a key of names and colours [N, 3] below it; uint8."""
     font = ImageFont.load_default(_TEXT - 3)
     places, x, y, width = [], _GAP, _GAP, picture.shape[1]
     for name in names:
@@ -75,7 +75,7 @@ def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) 
 
 
 def with_scale(picture: np.ndarray, captions: Sequence[tuple[str, float, float]]) -> np.ndarray:
-    """The picture with a colour bar below it for each (unit or name, low, high)."""
+    """The picture [H, W, 3], uint8, with a colour bar below it for each (unit or name, low, high)."""
     width = picture.shape[1]
     strips = [picture]
     for caption, low, high in captions:

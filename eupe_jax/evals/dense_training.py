@@ -25,9 +25,13 @@ TRAIN_MODES = ("never", "until_first_eval", "always")
 class Schedule(Protocol):
     """Learning rate and Adam's beta1 in force at a 0-based iteration."""
 
-    def learning_rate(self, iteration: int) -> float: ...
+    def learning_rate(self, iteration: int) -> float:
+        """Rate of the update at `iteration`, counted from 0."""
+        ...
 
-    def beta1(self, iteration: int) -> float: ...
+    def beta1(self, iteration: int) -> float:
+        """Momentum of the update at `iteration`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Plan:
     backbone_train_mode: TrainMode
 
     def backbone_trains(self, iteration: int) -> bool:
+        """Whether the backbone is in training mode at this iteration, counted from 0."""
         if self.backbone_train_mode == "until_first_eval":
             return iteration < self.eval_interval
         return self.backbone_train_mode == "always"

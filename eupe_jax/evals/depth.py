@@ -131,27 +131,32 @@ class Settings:
         self.augment()  # whether the crop fits into the box
 
     def schedule(self) -> DepthSchedule:
+        """Learning rate and momentum over the scaled iterations."""
         total, warmup = scaled(self.iterations, self.schedule_scale), scaled(self.warmup, self.schedule_scale, 0)
         return DepthSchedule(
             self.learning_rate, total, warmup, warmup_b1=self.warmup_b1, b1_low=self.b1_low, b1_high=self.b1_high
         )
 
     def plan(self) -> dense_training.Plan:
+        """How long to train, and when to evaluate and save, in scaled iterations."""
         interval = scaled(self.eval_interval, self.schedule_scale)
         return dense_training.Plan(
             self.schedule().total, interval, self.save_every, self.seed, self.backbone_train_mode
         )
 
     def augment(self) -> DepthAugment:
+        """What is done to training images."""
         return DepthAugment(
             self.train_box, self.rotation, self.rotation_p, self.flip, self.train_crop, self.colour_p,
             gamma_on_255=self.gamma_on_255,
         )  # fmt: skip
 
     def optimizer(self) -> AdamW:
+        """The optimiser of the head."""
         return AdamW(self.weight_decay, self.b2, clip_norm=self.clip_norm)
 
     def centres(self) -> np.ndarray:
+        """float32 [bins]: the depth in metres that each bin stands for."""
         return depth_metrics.bin_centres(self.bins, self.min_depth, self.max_depth, self.bin_spacing)
 
     def measured(self, depth: np.ndarray) -> np.ndarray:

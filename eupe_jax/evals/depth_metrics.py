@@ -18,7 +18,7 @@ def eigen_box(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def bin_centres(count: int, low: float, high: float, spacing: str = "linear") -> np.ndarray:
-    """float32 [count] from `low` to `high` metres, "linear" or "log" spaced."""
+    """float32 [count] from `low` to `high` metres, "linear" or "log" spaced; raises ValueError for another spacing."""
     if spacing == "linear":
         return np.linspace(low, high, count).astype(np.float32)
     if spacing == "log":
@@ -30,6 +30,9 @@ def depth_from_bins(logits: jax.Array, centres: np.ndarray, weighting: str = "li
     """Expected depth [..., h, w] of bin logits [..., h, w, bins].
 
     `weighting` of bins: "linear" relu + 0.1, normalised (the authors'); "softmax"; "sigmoid", normalised.
+
+    Raises:
+      ValueError: unknown weighting.
     """
     if weighting == "softmax":
         weights = jax.nn.softmax(logits, axis=-1)
@@ -46,8 +49,8 @@ def scale_invariant_loss(
 ) -> jax.Array:
     """sqrt(var(g) + 0.15 mean(g)^2) with g = log(prediction + eps) - log(target + eps) over the valid pixels.
 
-    The variance is the sample's (n - 1); `with_variance` false leaves it out, as at the start of training. Without a
-    valid pixel the loss, and its gradient, are 0.
+    prediction, target and valid are [..., H, W]. The variance is the sample's (n - 1); `with_variance` false leaves it
+    out, as at the start of training. Without a valid pixel the loss, and its gradient, are 0.
     """
     count = valid.sum()
     g = jnp.where(valid, jnp.log(prediction + eps) - jnp.log(jnp.where(valid, target, 1.0) + eps), 0.0)
@@ -59,7 +62,7 @@ def scale_invariant_loss(
 
 
 def errors(prediction: np.ndarray, target: np.ndarray, valid: np.ndarray) -> dict[str, float]:
-    """Errors over the valid pixels of one map, in float64: metres, or ratios, or fractions of pixels (d1, d2, d3).
+    """Errors over the valid pixels of one map [H, W], in float64: metres, ratios, or fractions of pixels (d1, d2, d3).
 
     silog is 100 times the standard deviation of the log ratio. Predictions must be positive.
 

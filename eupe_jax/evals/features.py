@@ -264,7 +264,8 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], fingerprint: str) 
 
 
 def load_arrays(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
-    """What `save_arrays` wrote; None where there is no such file, or (logged) where it is damaged or another's."""
+    """What `save_arrays` wrote; None where there is no such file, or (logged, not raised) where it is damaged or
+    another's."""
     if not path.exists():
         return None
     try:

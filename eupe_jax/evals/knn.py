@@ -126,7 +126,7 @@ def classify(
     settings: Settings,
     progress: bool = False,
 ) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
-    """({k: predicted labels, best first (`shared.rank`)}, similarity and index of `neighbours`)."""
+    """({k: predicted labels, best first (`shared.rank`)}, similarity and index of `neighbours`); train_labels: [N]."""
     similarity, index = neighbours(train_NxD, test_MxD, settings, progress)
     parts: dict[int, list[np.ndarray]] = {}
     for start in range(0, len(test_MxD), settings.query_block):
@@ -144,6 +144,9 @@ def neighbours(
     Training features go over the device once, in blocks, beside a running list of the best of every test image; test
     rows are cut over all devices. Similarity is the dot product of unit vectors, or x . y - |y|^2 / 2, which orders as
     the L2 distance does.
+
+    Raises:
+      ValueError: fewer training images than that takes.
     """
     skip = int(settings.leave_one_out)
     count = min(max(settings.ks) + skip, len(train_NxD))

@@ -92,6 +92,7 @@ class AdamW:
         )
 
     def init(self, params: Any) -> optax.OptState:
+        """The optimiser's state before the first update of `params`."""
         return self._chain(0.0, 0.0).init(params)
 
     def update(self, grads: Any, state: optax.OptState, params: Any, learning_rate: Any, b1: Any) -> tuple[Any, Any]:

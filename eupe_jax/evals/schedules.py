@@ -38,6 +38,7 @@ class SegmentationSchedule:
     b1: float = 0.9
 
     def learning_rate(self, iteration: int) -> float:
+        """Rate of the update at `iteration`, counted from 0."""
         step = max(iteration - 1, 0) if self.skip_first else iteration
         if step < self.warmup:
             ramp = 1 - (1 - step / self.warmup) * (1 - self.warmup_ratio)
@@ -45,6 +46,7 @@ class SegmentationSchedule:
         return _cosine(self.peak, 0.0, (step + 1) / self.total)
 
     def beta1(self, iteration: int) -> float:
+        """Momentum at `iteration`: constant."""
         del iteration
         return self.b1
 
@@ -71,12 +73,14 @@ class DepthSchedule:
     b1_high: float = 0.95
 
     def learning_rate(self, iteration: int) -> float:
+        """Rate of the update at `iteration`, counted from 0."""
         if iteration < self.warmup:
             regular = _cosine(self.peak, 0.0, iteration / self.total)
             return self.peak / self.start_factor + regular * iteration / self.warmup
         return _cosine(self.peak, self.peak / self.end_factor, (iteration + 1) / self.total)
 
     def beta1(self, iteration: int) -> float:
+        """Momentum at `iteration`: constant in the warm-up, then a cosine from `b1_low` to `b1_high`."""
         if iteration < self.warmup:
             return self.warmup_b1
         return _cosine(self.b1_low, self.b1_high, (iteration - self.warmup) / (self.total - self.warmup))

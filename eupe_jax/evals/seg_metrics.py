@@ -7,7 +7,7 @@ AREAS = ("intersection", "union", "prediction", "label")
 
 
 def reduce_zero(label: np.ndarray) -> np.ndarray:
-    """ADE20k's labels as classes: 0 ("other") becomes IGNORE, k becomes k - 1, IGNORE stays."""
+    """ADE20k's labels [...] as classes: 0 ("other") becomes IGNORE, k becomes k - 1, IGNORE stays."""
     label = np.asarray(label)
     return np.where((label == 0) | (label == IGNORE), IGNORE, label.astype(np.int64) - 1).astype(label.dtype)
 

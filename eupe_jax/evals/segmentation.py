@@ -120,24 +120,28 @@ class Settings:
             raise ValueError(f"scale_range must be 0 < low <= high, got {self.scale_range}")
 
     def schedule(self) -> SegmentationSchedule:
+        """Learning rate over the scaled iterations."""
         total, warmup = scaled(self.iterations, self.schedule_scale), scaled(self.warmup, self.schedule_scale, 0)
         return SegmentationSchedule(
             self.learning_rate, total, warmup, skip_first=self.skip_first_scheduler_step, b1=self.b1
         )
 
     def plan(self) -> dense_training.Plan:
+        """How long to train, and when to evaluate and save, in scaled iterations."""
         interval = scaled(self.eval_interval, self.schedule_scale)
         return dense_training.Plan(
             self.schedule().total, interval, self.save_every, self.seed, self.backbone_train_mode
         )
 
     def augment(self) -> SegmentationAugment:
+        """What is done to training images."""
         return SegmentationAugment(
             self.short_side, self.scale_range, self.crop, self.cat_max_ratio, self.crop_tries, self.flip, self.distort,
             pad_colour=self.pad_colour,
         )  # fmt: skip
 
     def optimizer(self) -> AdamW:
+        """The optimiser of the head."""
         return AdamW(self.weight_decay, self.b2, clip_norm=self.clip_norm)
 
 

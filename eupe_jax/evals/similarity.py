@@ -117,7 +117,7 @@ def _follow(banks: tuple[AdapterBank, ...], arrays: Sequence[tuple[Mapping, Mapp
 
 
 def agreement(prediction: Tokens, target: Tokens) -> dict[str, float]:
-    """Mean cosine per token kind; patch grids are matched as in training (the smaller is upsampled)."""
+    """Mean cosine per token kind, [B, D] or [B, h, w, D]; grids are matched as in training (the smaller upsampled)."""
     scores = {}
     for kind in target.keys() & prediction.keys():
         x, y = jnp.asarray(prediction[kind]), jnp.asarray(target[kind])
@@ -129,7 +129,7 @@ def agreement(prediction: Tokens, target: Tokens) -> dict[str, float]:
 def position_map(target: Tokens) -> dict[str, np.ndarray]:
     """The mean token at every position, whatever the image: the control that any honest patch score has to beat.
 
-    The result keeps a batch axis of one. Class tokens have one position, so theirs is the plain mean.
+    [B, h, w, D] -> [1, h, w, D]. Class tokens have one position, so theirs is the plain mean.
     """
     mean = lambda x: np.mean(x, axis=0, keepdims=True, dtype=np.float64).astype(np.float32)  # noqa: E731
     return {kind: mean(x) for kind, x in target.items()}

@@ -223,7 +223,11 @@ def run(encoder: Encoder, data: Data, settings: Settings, *, workdir: Path | Non
 
 
 def find_expert(encoder: Encoder, data: Data) -> Expert:
-    """The image-text model: of the settings, of the teachers given, or the encoder's own checkpoint."""
+    """The image-text model: of the settings, of the teachers given, or the encoder's own checkpoint.
+
+    Raises:
+      ValueError: there is none, or several.
+    """
     if data.expert is not None:
         return data.expert
     if len(data.teachers) == 1:

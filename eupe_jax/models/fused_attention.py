@@ -56,7 +56,7 @@ def permute_columns(kernel: jax.Array, num_heads: int, interleaved: bool = False
 
 
 def restore_columns(kernel: jax.Array, num_heads: int, interleaved: bool = False) -> jax.Array:
-    """What `permute_columns` made this of."""
+    """What `permute_columns` made this of: [..., 3 D] -> [..., 3 D]."""
     order = permute_columns(jnp.arange(kernel.shape[-1]), num_heads, interleaved)
     return jnp.take(kernel, jnp.argsort(order), axis=-1)
 

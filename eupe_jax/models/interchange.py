@@ -118,7 +118,7 @@ def to_state_dict(
 def family_export(
     model: str, family: Family, module: Any, variables: Mapping[str, Any], layout: str | None = None
 ) -> dict[str, np.ndarray]:
-    """`to_state_dict` for a module of any `Family`, in the zoo or not; `model` names it in messages."""
+    """`to_state_dict`, which see for errors raised, for a module of any `Family`; `model` names it in messages."""
     found = _layout(family, layout)
     rows, implied = _rows(family, module, found)
     flat = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}

@@ -61,7 +61,7 @@ def stack_blocks(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def standardize(x: jax.Array, eps: float) -> jax.Array:
-    """x of mean zero and variance one over the last axis. The backward pass keeps the result, and one factor a row."""
+    """x [..., D] of mean zero and variance one over D. The backward pass keeps the result, and one factor a row."""
     return _standardize(x, eps)[0]
 
 
@@ -167,7 +167,7 @@ def k_bias_mask(dim: int) -> jax.Array:
 
 @jax.custom_jvp
 def softmax(logits: jax.Array) -> jax.Array:
-    """Softmax over the last axis. The backward pass keeps the result alone, not the exponentials as well."""
+    """Softmax over the last axis of [..., N]. The backward pass keeps the result alone, not the exponentials too."""
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -243,7 +243,7 @@ class Attention(nn.Module):
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function of x, in float32.
+    """x [...] times the normal distribution function of x, in float32.
 
     By erf, as PyTorch does it: erfc, which `jax.nn.gelu` takes, splits into cases, and in a wide layer a TPU spends as
     long on these as on the matrix product before.
@@ -268,12 +268,12 @@ def _exact_gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Arr
 
 
 def tanh_gelu(x: jax.Array) -> jax.Array:
-    """The usual approximation of `exact_gelu`; its error is at most 5e-4."""
+    """The usual approximation of `exact_gelu`, [...] -> [...]; its error is at most 5e-4."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def written_out(x: jax.Array, materialize: bool) -> jax.Array:
-    """x, computed and stored before anything reads it, if `materialize`.
+    """x [...], computed and stored before anything reads it, if `materialize`.
 
     Left to itself the compiler may merge a norm or an activation into the matrix product behind it, which then computes
     it again for every tile: on TPUs with fast matrix units that takes longer than the product.

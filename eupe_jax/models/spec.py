@@ -80,10 +80,12 @@ class Tensor:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names that share the leaf, one or several."""
         return (self.name,) if isinstance(self.name, str) else self.name
 
     @property
     def stacked(self) -> bool:
+        """Whether the leaf has a leading axis of blocks."""
         return "{i}" in self.names[0]
 
 

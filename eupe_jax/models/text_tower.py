@@ -120,7 +120,7 @@ class ImageTextModel(nn.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """`x` divided by its length along the last axis."""
+    """`x` [..., D] divided by its length along the last axis."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 

@@ -69,6 +69,7 @@ class Collective:
 
     @property
     def seconds(self) -> float:
+        """Of all its runs in a step."""
         return self.run_seconds * self.trips
 
 

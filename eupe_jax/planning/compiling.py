@@ -72,6 +72,7 @@ class Compiled:
     largest: tuple[tuple[float, str, str], ...] = ()
 
     def read_text(self) -> str:
+        """The compiled program as text."""
         with gzip.open(self.text, "rt") as file:
             return file.read()
 

@@ -100,6 +100,7 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float:
+        """The larger of both estimates: neither alone counts everything."""
         return max(self.roofline_step_seconds, self.compiler_step_seconds)
 
 

@@ -44,6 +44,7 @@ class Shape:
 
     @property
     def elements(self) -> int:
+        """Their number."""
         return math.prod(self.dims)
 
     @property
@@ -68,6 +69,7 @@ class Shape:
 
 @functools.cache
 def element_bytes(dtype: str) -> float:
+    """Bytes of one element; below 1 for types of a few bits. Raises HloError for an unknown type."""
     if dtype in _BYTES:
         return _BYTES[dtype]
     if match := re.match(r"[a-z]+(\d+)", dtype):
@@ -114,6 +116,7 @@ class Instruction:
 
     @property
     def calls(self) -> str | None:
+        """Name of the computation that a fusion or call runs; None where there is none."""
         return self._name_after("calls=")
 
     @property
@@ -152,6 +155,8 @@ class Instruction:
 
 @dataclass(slots=True)
 class Computation:
+    """One computation of a program: its instructions by name, in the order of the text."""
+
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
     _users: dict[str, list[Instruction]] | None = None
@@ -173,6 +178,7 @@ class Computation:
         return self._users.get(name, [])
 
     def parameter(self, number: int) -> Instruction:
+        """The instruction that stands for argument `number`. Raises KeyError."""
         if self._parameters is None:
             found = (i for i in self.instructions.values() if i.opcode == "parameter")
             self._parameters = {int(i.inside): i for i in found}

@@ -16,6 +16,7 @@ TARGET = "tpu_custom_call"
 
 
 def is_kernel(instruction: Instruction) -> bool:
+    """Whether the instruction runs a Pallas kernel."""
     return instruction.opcode == "custom-call" and instruction.target == TARGET
 
 

@@ -129,6 +129,7 @@ def _valid(schedule: Schedule | None) -> bool:
 
 
 def libtpu_version() -> str | None:
+    """Version of the installed libtpu; None where there is none."""
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -153,7 +154,11 @@ def _write(path: Path, schedules: Mapping[str, Schedule]) -> None:
 
 
 def count(kernels: Mapping[str, Instruction], topology_name: str) -> dict[str, Schedule]:
-    """Schedules of kernels (by any key), compiled in a process of its own: libtpu reads its options once."""
+    """Schedules of kernels (by any key), compiled in a process of its own: libtpu reads its options once.
+
+    Raises:
+      HloError: the compiler refuses one.
+    """
     requests = [_request(instruction) for instruction in kernels.values()]
     with tempfile.TemporaryDirectory(prefix="eupe_jax_kernels_") as folder:
         environment = {**os.environ, "LIBTPU_INIT_ARGS": _DUMP.format(folder=folder), "JAX_PLATFORMS": "cpu"}

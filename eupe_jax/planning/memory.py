@@ -36,6 +36,7 @@ class OutOfMemory:
 
     @property
     def over(self) -> float:
+        """Bytes above what the device has."""
         return self.needed - self.capacity
 
 

@@ -13,6 +13,7 @@ FEW = 3  # up to so many pairs are all compiled
 
 
 def every_pair(config: ConfigDict) -> list[Resolutions]:
+    """Every choice of resolutions that a run of this recipe may draw."""
     return every(config.student_resolutions, teacher_sizes(config))
 
 

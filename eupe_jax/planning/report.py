@@ -199,18 +199,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def gib(size: float) -> str:
+    """Bytes in words: GiB, or MiB below a tenth of one."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def millions(count: int) -> str:
+    """A count in millions."""
     return f"{count / 1e6:,.1f}M"
 
 
 def giga(flops: float) -> str:
+    """FLOPs in GFLOP."""
     return f"{flops / 1e9:,.2f}"
 
 
 def milliseconds(seconds: float) -> str:
+    """Seconds in words, as milliseconds."""
     return f"{seconds * 1e3:,.1f} ms"
 
 

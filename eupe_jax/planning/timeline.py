@@ -34,6 +34,8 @@ class Done:
 
 @dataclass(frozen=True)
 class Loop:
+    """A `body` that runs `trips` times."""
+
     body: "Sequence[Run | Start | Done | Loop]"
     trips: int
 

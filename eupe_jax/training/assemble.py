@@ -221,7 +221,11 @@ def _teacher(entry: ConfigDict, spec: TeacherSpec, module: Any) -> Teacher:
 def make_students(
     config: ConfigDict, teachers: Mapping[str, Teacher], mesh: Mesh | None = None
 ) -> dict[str, Student]:
-    """Every student with its adapters, its optimiser and the kernels of the mesh's devices; no arrays yet."""
+    """Every student with its adapters, its optimiser and the kernels of the mesh's devices; no arrays yet.
+
+    Raises:
+      ValueError: no student, or one that the zoo does not know.
+    """
     if not config.students:
         raise ValueError("config.students is empty: a run needs at least one student")
     students = {}

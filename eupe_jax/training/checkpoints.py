@@ -99,6 +99,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
+        """The newest step that is kept whole; None before the first save."""
         return self._manager.latest_step()
 
     @property

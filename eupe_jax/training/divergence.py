@@ -87,7 +87,7 @@ class ReplicaCheck:
 
 
 def odd_ones(values: np.ndarray, group: Sequence[int]) -> list[int]:
-    """The numbers of those whose value is not that of most in their group; of all there where no value is."""
+    """The numbers of those of values [N] that are not what most of their group are; of all there where no value is."""
     if np.array_equal(values, values[list(group)]):
         return []
     odd = []

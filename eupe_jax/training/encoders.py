@@ -36,18 +36,25 @@ class LoadedEncoder:
 
     @property
     def resolution(self) -> int:
+        """Side in pixels that images are resized to; the largest of those trained at."""
         return int(self.manifest["resolution"])
 
     @property
     def mean(self) -> tuple[float, ...]:
+        """Pixel mean of RGB scaled to [0, 1]."""
         return tuple(self.manifest["mean"])
 
     @property
     def std(self) -> tuple[float, ...]:
+        """Pixel standard deviation of RGB scaled to [0, 1]."""
         return tuple(self.manifest["std"])
 
     def preprocess(self, images_BxHxWx3: np.ndarray, resolution: int | None = None) -> jax.Array:
-        """Squashes to `resolution` (default: the one trained at) and normalises: [B, S, S, 3] float32."""
+        """Squashes to `resolution` (default: the one trained at) and normalises: [B, S, S, 3] float32.
+
+        Raises:
+          ValueError: images of another shape.
+        """
         images = jnp.asarray(images_BxHxWx3)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images must be [B, H, W, 3], got {list(images.shape)}")
@@ -67,7 +74,11 @@ def hashable(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pick_student(manifest: Mapping, student: str | None, path: epath.PathLike) -> str:
-    """The student to load: the only one, or the one named."""
+    """The student to load: the only one, or the one named.
+
+    Raises:
+      ValueError: no such student, or several and none named; the message lists them.
+    """
     names = sorted(manifest["students"])
     if student is None and len(names) == 1:
         return names[0]

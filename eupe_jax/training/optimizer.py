@@ -33,7 +33,11 @@ def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
 
 
 def make_schedule(config: ConfigDict, batch_size: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then a cosine to `min_learning_rate` at `total_steps`."""
+    """Linear warm-up over `warmup_steps`, then a cosine to `min_learning_rate` at `total_steps`.
+
+    Raises:
+      ValueError: a warm-up that is longer than the run.
+    """
     if not 0 <= config.warmup_steps <= total_steps:
         raise ValueError(f"optimizer.warmup_steps={config.warmup_steps} is not within total_steps={total_steps}")
     peak = peak_learning_rate(config, batch_size)

@@ -29,6 +29,7 @@ from eupe_jax.training.distributed import local_positions
 
 
 def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """{teacher: sides in pixels that it may draw}."""
     return {name: tuple(entry.resolutions) for name, entry in config.teachers.items()}
 
 
@@ -225,6 +226,7 @@ class Batches:
         }
 
     def close(self) -> None:
+        """Stops what prepares batches ahead."""
         self._local.close()
 
 

@@ -58,6 +58,7 @@ class Profiler:
 
     @property
     def tracing(self) -> bool:
+        """Whether a trace is being taken."""
         return self._local is not None
 
     def begins(self, step: int) -> bool:

@@ -35,6 +35,7 @@ class AbstractRun:
 
     @property
     def state_shardings(self) -> Any:
+        """The shardings of the state, as a tree like it."""
         return jax.tree.map(lambda x: x.sharding, self.arguments[0])
 
 

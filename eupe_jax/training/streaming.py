@@ -29,6 +29,7 @@ class ComingLeaf:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole array."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 

@@ -49,6 +49,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole array."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -92,6 +93,7 @@ class WeightFile(Mapping[str, LazyTensor]):
         self.close()
 
     def close(self) -> None:
+        """Closes the files; tensors that were not read are gone."""
         self._tensors = {}
         self._open.close()
 

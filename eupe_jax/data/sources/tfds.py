@@ -17,6 +17,9 @@ def open_tfds(path: str, *, data_dir: str | None = None, image_key: str = "image
     """A split by its name, "NAME:SPLIT" or "NAME:VERSION:SPLIT" (split "train" where there is none).
 
     data_dir: as in `Tfds`, or in a bucket, whose ArrayRecord shards are then read by byte ranges.
+
+    Raises:
+      ValueError: no such version, or as the source.
     """
     name, version, split = re.fullmatch(r"([^:]*)(:[\d.*]+)?(?::(.*))?", path, re.DOTALL).groups()
     if not storage.is_remote(data_dir or ""):
