@@ -1,10 +1,12 @@
 """Worker processes that never outlive the process that began them, however that ends."""
 
-import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+
+from eupe_jax.data.threads import stacks
 
 
 def end_with_parent(*, through_notices: bool = False) -> None:
@@ -19,7 +21,7 @@ def end_with_parent(*, through_notices: bool = False) -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    _print_stacks_when_asked()
     if through_notices:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -28,6 +30,25 @@ def end_with_parent(*, through_notices: bool = False) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+def _print_stacks_when_asked() -> None:
+    """On SIGUSR1, also while the main thread waits inside a library: a thread of its own prints them.
+
+    Under the interpreter's lock, so a library that holds it keeps them from being printed; faulthandler does without
+    the lock, but walks frames that change meanwhile, and has crashed workers that were well.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # without a handler nothing is written to the pipe
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while True:
+            if signal.SIGUSR1 in os.read(read, 64):
+                print(stacks(), file=sys.stderr, flush=True)
+
+    threading.Thread(target=listen, name="print_stacks", daemon=True).start()
 
 
 _HINTS = {

@@ -3,7 +3,9 @@
 The interpreter joins those of concurrent.futures at its exit, whatever they wait for: anybody's teacher, a dead disk.
 """
 
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 
@@ -42,3 +44,16 @@ def for_each(task: Callable, items: Iterable, *, threads: int, name: str) -> Non
     wait(pending)
     for future in pending:
         future.result()
+
+
+def stacks() -> str:
+    """The stacks of all threads of this process, the main thread's first."""
+    threads = {thread.ident: thread for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    parts = []
+    for ident, frame in sorted(sys._current_frames().items(), key=lambda entry: entry[0] != main):
+        if ident == threading.get_ident():
+            continue
+        name = threads[ident].name if ident in threads else str(ident)
+        parts.append(f"-- {name}\n{''.join(traceback.format_stack(frame))}")
+    return "".join(parts)

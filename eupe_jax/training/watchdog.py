@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+
+from eupe_jax.data.threads import stacks
 
 LOGGER = logging.getLogger(__name__)
 
@@ -93,19 +93,6 @@ class Watchdog:
                     self._step + 1, self._reported, statistics.median(self._recent), stacks(),
                 )  # fmt: skip
                 ask_workers()
-
-
-def stacks() -> str:
-    """The stacks of all threads of this process, the main thread's first."""
-    threads = {thread.ident: thread for thread in threading.enumerate()}
-    main = threading.main_thread().ident
-    parts = []
-    for ident, frame in sorted(sys._current_frames().items(), key=lambda entry: entry[0] != main):
-        if ident == threading.get_ident():
-            continue
-        name = threads[ident].name if ident in threads else str(ident)
-        parts.append(f"-- {name}\n{''.join(traceback.format_stack(frame))}")
-    return "".join(parts)
 
 
 def ask_workers() -> None:
