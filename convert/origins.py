@@ -66,6 +66,7 @@ class Origin:
 
     @property
     def config(self) -> Mapping[str, Any]:
+        """The config of its run, as JSON keeps it; {} where it had none."""
         return self.manifest.get("config") or {}
 
 

@@ -69,14 +69,14 @@ def resize_images(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def in_chunks(features_fn, images: np.ndarray, pixels: int = 200_000) -> dict[str, np.ndarray]:
-    """Runs `features_fn` on a few images at a time: activations that stay small are twice as fast on a CPU."""
+    """`features_fn` of images [b, H, W, 3], a few at a time: activations that stay small are twice as fast on a CPU."""
     size = max(1, pixels // (images.shape[1] * images.shape[2]))
     parts = [features_fn(images[i : i + size]) for i in range(0, len(images), size)]
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
 def package_dir(package: str) -> Path:
-    """Folder of an installed package, found without importing it (its own imports may be heavy)."""
+    """Folder of an installed package, found without importing it (that may be heavy). Raises ImportError."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ImportError(f"the package {package!r} is not installed; run: pip install 'eupe_jax[quickstart]'")

@@ -42,10 +42,11 @@ class Events:
         self._written = threads.start(self._write_all, name="tensorboard")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """scalars: finite."""
         self._put(step, [summary.scalar(name, value) for name, value in scalars.items()])
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """values: finite, of any shape."""
+        """values: finite, of any shape [...]."""
         self._put(step, [summary.histogram(name, np.ravel(values).astype(np.float64), BINS)])
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:

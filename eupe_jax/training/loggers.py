@@ -49,7 +49,8 @@ class Logger(Protocol):
     def text(self, step: int, name: str, words: str) -> None:
         """words: Markdown."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Sends what is left."""
 
 
 class _WandB:
@@ -158,15 +159,19 @@ class Remote:
         self._ended = threads.start(self._work, name=name)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """As `Logger.write`, later."""
         self._put("write", step, dict(scalars))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """As `Logger.histogram`, later. values: [N]."""
         self._put("histogram", step, name, np.array(values))
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """As `Logger.image`, later. picture: uint8 RGB [H, W, 3]."""
         self._put("image", step, name, np.array(picture))
 
     def text(self, step: int, name: str, words: str) -> None:
+        """As `Logger.text`, later."""
         self._put("text", step, name, words)
 
     def close(self) -> None:

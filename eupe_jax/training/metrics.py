@@ -39,6 +39,7 @@ class RunningMetrics:
         self._counts = Counter(unlogged["counts"])
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes the scalars of the step that was just dispatched; waits for those of the one before."""
         previous, self._pending = self._pending, metrics
         self._merge(previous)
 
@@ -140,6 +141,7 @@ class MetricWriter:
                         each.histogram(0, f"statistics/{teacher}/{kind}_{what}", np.asarray(values))
 
     def close(self) -> None:
+        """Waits for what is still to be written."""
         with contextlib.ExitStack() as closing:  # the first failure keeps none of the others open
             for each in (*self._loggers[::-1], self._timings, self._metrics):
                 if each is not None:
