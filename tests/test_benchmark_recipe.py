@@ -112,6 +112,30 @@ def test_the_report_has_means_over_seeds_and_the_cost_of_all_that_a_row_took(tmp
     assert report._curve(tmp_path / "seed0" / "stage12") == [(20, 4.5, 12.5), (40, 5.0, 25.0)]
 
 
+def test_the_report_sets_what_was_foretold_beside_what_was_measured(tmp_path):
+    pair = {
+        "tokens": "patches",
+        "one": "xfeat",
+        "other": "ppocr",
+        "cka": 0.3,
+        "r2_one_to_other": 0.6,
+        "r2_other_to_one": 0.1,
+    }
+    result = Result({}, details={"pairs": [pair, pair | {"tokens": "cls"}]})
+    eval_report.write(tmp_path / "shared" / "compatibility", result, {"eval": "e", "encoder": "x"})
+    for row, metrics in {
+        "only_xfeat": {"xfeat_patches_64": 0.9},
+        "only_ppocr": {"ppocr_patches_64": 0.8},
+        "pair_ppocr_xfeat": {"xfeat_patches_64": 0.7, "ppocr_patches_64": 0.75},
+    }.items():
+        measured(tmp_path / "seed0" / row, "similarity", metrics)
+    lines = report.compatibility(tmp_path, report.Figures(report.collect(tmp_path)))
+    assert lines[-2:] == [
+        "| xfeat | ppocr | 0.300 | 0.100 | 0.900 | 0.700 | +0.200 |",
+        "| ppocr | xfeat | 0.300 | 0.600 | 0.800 | 0.750 | +0.050 |",
+    ]
+
+
 def test_depth_is_taken_and_not_averaged(tmp_path):
     depth = Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000)
     small = np.asarray(pictures._nearest(depth, (4, 3)))

@@ -116,7 +116,31 @@ def table(out: Path, figures: Figures, budget: float) -> str:
             "",
             *_markdown(["row", *heads], cells),
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *compatibility(out, figures)]) + "\n"
+
+
+def compatibility(out: Path, figures: Figures) -> list[str]:
+    """What the teachers' report foretold of every two experts, beside what a second expert cost the first one."""
+    found = eval_report.read(out / "shared" / "compatibility")
+    measured = [] if found is None else [row for row in found["details"]["pairs"] if row["tokens"] == "patches"]
+    cells = []
+    for row in measured:
+        for expert, other, r2 in (
+            (row["one"], row["other"], row["r2_other_to_one"]),
+            (row["other"], row["one"], row["r2_one_to_other"]),
+        ):
+            together = "pair_" + "_".join(sorted((expert, other), key=study.EXPERTS.index))
+            side, figure = measure.SIDES[0], f"{expert}_patches"
+            alone, shared = figures.values(f"only_{expert}", figure, side), figures.values(together, figure, side)
+            if alone and shared:
+                alone, shared = statistics.mean(alone), statistics.mean(shared)
+                cells.append([expert, other, f"{row['cka']:.3f}", f"{r2:.3f}", f"{alone:.3f}", f"{shared:.3f}",
+                              f"{alone - shared:+.3f}"])  # fmt: skip
+    if not cells:
+        return []
+    heads = ["expert", "beside it", "CKA", "R2 from the other", "cosine alone", "cosine beside", "lost"]
+    title = f"Experts two by two, patch tokens: foretold before training, and measured at {measure.SIDES[0]} pixels:"
+    return ["", title, "", *_markdown(heads, cells)]
 
 
 def _first(figures: Figures, figure: str) -> str:
