@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 IMAGES ?=
 ARGS ?=
 
-.PHONY: quickstart test faults plans lint install clean
+.PHONY: quickstart test faults plans docs lint install clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ faults: install
 plans: install
 	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
 	$(BIN)/python benchmarks/plans.py $(ARGS)
+
+# the API reference, from docstrings: open docs/_build/index.html
+docs: install
+	$(BIN)/python docs/build_api.py
 
 lint: install
 	$(BIN)/ruff check .
