@@ -147,8 +147,12 @@ def _introduction(encoder: LoadedEncoder, origin: Origin, name: str, library: st
         changed = ", ".join(f"{k}={v}" for k, v in encoder.overrides.items())
         text += f" (the zoo's `{encoder.name}`, changed: `{changed}`)"
     if origin.teachers:
-        text += f", distilled from {_and(t.name for t in origin.teachers)}"
+        text += f", distilled from {_and(map(_taught, origin.teachers))}"
     return f"{text}. `{name}` is {KINDS[library]}."
+
+
+def _taught(teacher: Teacher) -> str:
+    return teacher.name + (f" (itself from {_and(t.name for t in teacher.teachers)})" if teacher.teachers else "")
 
 
 def _feeding(encoder: LoadedEncoder, facts: Mapping[str, Any]) -> str:
@@ -240,7 +244,8 @@ def _value(value: Any) -> str:
 def _statistics(origin: Origin, card: str | None) -> list[str]:
     if not card:
         return ["Not known." if not _converted(origin) else "None: it was not distilled by eupe_jax."]
-    words = f"Targets were normalised with these frozen statistics; more in [{card}]({card})."
+    where = origin.config.get("statistics_from") or origin.config.get("statistics") or NOT_KNOWN
+    words = f"Targets were normalised with these frozen statistics, from `{where}`; more in [{card}]({card})."
     return [words, statistics_card.summary(origin.statistics)]
 
 

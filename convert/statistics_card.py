@@ -13,7 +13,7 @@ from eupe_jax.distill.normalization import STD_FLOOR, Statistics
 from eupe_jax.planning.report import table
 
 CARD, PICTURE = "README.md", "statistics.png"  # in a folder of statistics
-BINS = 48
+BINS = 48  # at most, of a histogram
 TOKENS = {"cls": "class token", "patches": "patch tokens"}
 
 
@@ -70,15 +70,19 @@ def histograms(statistics: Mapping[str, Statistics]) -> bytes | None:
     if util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure  # late: only pictures need it
+    from matplotlib.ticker import LogFormatter
 
     rows = [(name, kind, each) for name, each in statistics.items() for kind in each.mean]
     figure = Figure(figsize=(8.5, 0.4 + 2.1 * len(rows)), dpi=110, layout="constrained")
     panels = figure.subplots(len(rows), 2, squeeze=False)
     for (left, right), (name, kind, each) in zip(panels, rows, strict=True):
         std = np.maximum(each.std[kind], STD_FLOOR)
-        left.hist(each.mean[kind], BINS, color="#3b6ea5")
-        right.hist(std, np.geomspace(std.min() / 1.01, std.max() * 1.01, BINS), color="#b5543c")
+        bins = int(np.clip(2 * len(std) ** 0.5, 8, BINS))
+        left.hist(each.mean[kind], bins, color="#3b6ea5")
+        right.hist(std, np.geomspace(std.min() / 1.01, std.max() * 1.01, bins + 1), color="#b5543c")
         right.set_xscale("log")
+        right.xaxis.set_major_formatter(LogFormatter())
+        right.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         left.set_title(f"{name}, {TOKENS.get(kind, kind)}", fontsize=10, loc="left")
         left.set_ylabel("coordinates", fontsize=8)
         for panel, label in ((left, "mean"), (right, "std (logarithmic)")):

@@ -67,7 +67,10 @@ class _WandB:
         if known.value is None:
             known.write(secrets.token_hex(8))
         folder = tempfile.mkdtemp(prefix="wandb_") if "://" in str(workdir) else workdir / FOLDER
-        settings = wandb.Settings(console="off", x_disable_stats=True, x_disable_machine_info=True)
+        # finish_timeout: else it waits at the end, in the interpreter's own exit too, for as long as the network is gone
+        settings = wandb.Settings(
+            console="off", x_disable_stats=True, x_disable_machine_info=True, finish_timeout=PATIENCE / 2
+        )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT), id=known.value, resume="allow", name=workdir.name,
             dir=str(folder), config=dict(config), settings=settings,
@@ -143,6 +146,7 @@ class _Id:
 
 
 REMOTE: dict[str, Callable[[epath.Path, Mapping[str, Any]], Logger]] = {"wandb": _WandB, "mlflow": _MLflow}
+PACKAGES = {"wandb": "wandb>=0.31", "mlflow": "mlflow-skinny>=3"}  # what to install for them
 NAMES = (TENSORBOARD, *REMOTE)
 
 
@@ -219,7 +223,7 @@ def check(names: Sequence[str]) -> None:
         if name not in NAMES:
             raise ValueError(f"loggers holds {name!r}: use {', '.join(NAMES)}; metrics.jsonl is written in any case")
         if name in REMOTE and util.find_spec(name) is None:
-            raise ImportError(f"loggers holds {name!r}, which is not installed: pip install 'eupe_jax[{name}]'")
+            raise ImportError(f"loggers holds {name!r}, which is not installed: pip install '{PACKAGES[name]}'")
 
 
 def connect(

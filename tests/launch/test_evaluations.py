@@ -1,5 +1,6 @@
 """Evaluations alone and inside training: same figures, no trace in what is trained, nothing lost by a kill."""
 
+import io
 import json
 import signal
 import subprocess
@@ -23,15 +24,17 @@ from launch.training_evals import training_evals
 from tests.evals.image_sets import write_shards
 from tests.launch.test_commands import ROOT, assert_one_line, run
 from tests.training.conftest import tiny_config
+from tests.training.test_loggers import values_of
 
 SMALL = {"resize": 32, "crop": 32, "ks": (3,), "reported_k": 3, "batch_size": 6}
 
 
 def evaluated_config(folder):
-    """A tiny run with the statistics and the images in `folder`, which evaluates kNN every second step."""
+    """A tiny run with the statistics and the images in `folder`: kNN every second step, pictures every fourth."""
     config = tiny_config(steps=4)
     config.statistics = f"{folder}/statistics"
     config.evals.neighbours = common.evaluation("knn", f"{folder}/set", 2, **SMALL)
+    config.evals.features = common.evaluation("pca", f"{folder}/set", 4, resolutions=(32,), images=2, cell=32)
     return config
 
 
@@ -70,9 +73,31 @@ def test_devices_may_stand_in_any_order(setting, tmp_path):
     config, folder, state = setting
     devices = np.asarray(jax.devices())[::-1].reshape(-1, 1, 1)
     moved = jax.device_put(jax.device_get(state), replicated(Mesh(devices, AXES)))
-    (each,) = training_evals(config, tmp_path)
-    found = {f"neighbours/{name}": value for name, value in each.run(4, moved).items()}
+    (each,) = [each for each in training_evals(config, tmp_path) if each.name == "neighbours"]
+    found = {f"neighbours/{name}": value for name, value in each.run(4, moved).items() if not np.ndim(value)}
     assert {"step": 4, **found} == evaluated(folder / "run")[-1]
+
+
+def test_pictures_and_statistics_are_shown_beside_the_figures(setting):
+    """What TensorBoard shows of a run: curves of every teacher, targets' statistics, pictures of features over time."""
+    config, folder, _ = setting
+    shown = values_of(folder / "run" / "tensorboard")
+    lines = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "vit/loss" in line]
+    for teacher in config.teachers:
+        for name in ("cls_cosine", "patch_cosine", "patch_smooth_l1"):
+            curve = [shown[f"vit/{teacher}/{name}", line["step"]].simple_value for line in lines]
+            assert curve == pytest.approx([line[f"vit/{teacher}/{name}"] for line in lines]) and len(curve) == 4
+        for kind in ("cls", "patches"):
+            for what in ("mean", "std"):
+                assert shown[f"statistics/{teacher}/{kind}_{what}", 0].histo.num == 32
+    stored = Image.open(folder / "run/evals/features/vit/4/pca.png")
+    seen = Image.open(io.BytesIO(shown["features/vit/pca", 4].image.encoded_image_string))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(stored))
+    assert ("neighbours/vit/top1", 2) in shown and ("config/text_summary", 0) in shown
+    assert 0 < shown["features/vit/explained_vit_32", 4].simple_value <= 1
+    alone = values_of(folder / "run/evals/neighbours/vit/4/tensorboard")
+    assert alone["knn/top1", 4].simple_value == pytest.approx(evaluated(folder / "run")[-1]["neighbours/vit/top1"])
+    assert any(value.HasField("image") for value in alone.values())
 
 
 KILLED_RUN = """
