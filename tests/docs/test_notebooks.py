@@ -197,7 +197,7 @@ def test_in_a_kernel(name, trained, monkeypatch):
     (at,) = [i for i, cell in enumerate(notebook.cells) if is_parameters(cell)]
     changed = "\n".join(f"{field} = {value!r}" for field, value in parameters(name, trained).items())
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(changed))
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == {"look_at_features": 3, "inspect_run": 4, "evaluate_and_export": 2}[name]
