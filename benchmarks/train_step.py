@@ -70,6 +70,7 @@ class JaxStep:
         from eupe_jax.distill.step import Loss, make_step
         from eupe_jax.sharding.mesh import make_mesh
         from eupe_jax.training import assemble, kernels, pipeline
+        from eupe_jax.training.flat_rows import with_flat_rows
 
         mesh = make_mesh(devices=jax.devices()[:1])
         self.teachers = assemble.describe_teachers(config, mesh)
@@ -92,7 +93,7 @@ class JaxStep:
         self.teacher, self.moments = jax.tree.map(np.array, variables), moments
 
         (chosen,) = pipeline.every_pair(config)
-        step = make_step(self.students, self.teachers, chosen, Loss(), seed=0)
+        step = with_flat_rows(make_step(self.students, self.teachers, chosen, Loss(), seed=0), mesh)
         options = kernels.compiler_options(config.compute, mesh)
         batch, arguments = {"image": jax.numpy.asarray(images_BxSxSx3)}, ({NAME: variables}, {NAME: moments})
         self._arguments = (batch, *arguments)

@@ -26,6 +26,7 @@ from eupe_jax.training import kernels
 from eupe_jax.training.assemble import Teachers, check_sides
 from eupe_jax.training.cached_teachers import open_cache
 from eupe_jax.training.distributed import local_positions
+from eupe_jax.training.flat_rows import with_flat_rows
 
 
 def teacher_sizes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -262,7 +263,7 @@ def make_step(
     mesh: Mesh | None = None,
 ) -> Callable:
     """The distillation step of this config for one choice of resolutions."""
-    return make_distillation_step(
+    step = make_distillation_step(
         students,
         teachers,
         chosen,
@@ -275,6 +276,7 @@ def make_step(
         spike_factor=config.faults.spike_factor,
         mesh=mesh,
     )
+    return with_flat_rows(step, mesh)
 
 
 class TeacherForward:
