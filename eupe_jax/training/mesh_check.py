@@ -11,7 +11,7 @@ from eupe_jax.sharding.mesh import BATCH_AXES, data_shards, nearest_divisors
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, processes: int) -> None:
-    """Batch, heads and hosts against the axes of `mesh` (`make_mesh` has seen to the devices).
+    """Batch, heads, convolutions and hosts against the axes of `mesh` (`make_mesh` has seen to the devices).
 
     processes: hosts that bring images.
 
@@ -46,6 +46,12 @@ def check_mesh(config: ConfigDict, mesh: Mesh, processes: int) -> None:
             f"{_cuts(mesh)}): set --config.accumulate to {nearest_divisors(parts, batch // shards)}, or "
             f"--config.batch_size to {_nearest_multiples(batch, shards * parts)}"
         )
+    if tensor > 1 and (grouped := list(_grouped_convolutions(config))):
+        raise ValueError(
+            f"mesh.tensor={tensor} makes the gradients of {', '.join(grouped)} wrong: XLA sums those of grouped "
+            "convolutions over devices that share an image, too. Set --config.mesh.tensor=1, or overrides.depthwise of "
+            "these students to 'matmul'"
+        )
 
 
 def _heads(config: ConfigDict) -> Iterator[tuple[str, int]]:
@@ -56,6 +62,17 @@ def _heads(config: ConfigDict) -> Iterator[tuple[str, int]]:
                 module = zoo.build(entry.model, **entry.overrides)
                 if heads := getattr(module, "num_heads", None):
                     yield f"{group}.{name}", heads
+
+
+def _grouped_convolutions(config: ConfigDict) -> Iterator[str]:
+    """Fields of students that train XLA's grouped convolutions.
+
+    Its partitioner (jaxlib 0.10.2) sums the gradient of such a kernel over all devices, also over those that hold the
+    same images: it comes out `tensor` times too large.
+    """
+    for name, entry in config.students.items():
+        if getattr(zoo.build(entry.model, **entry.overrides), "depthwise", None) == "conv":
+            yield f"students.{name}"
 
 
 def _cuts(mesh: Mesh) -> str:

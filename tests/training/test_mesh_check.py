@@ -49,3 +49,11 @@ def test_heads_that_a_tensor_group_cannot_share():
     # the proxy's 16 heads would do, the student's 6 do not
     refused(stage2_vits.get_config(), r"mesh\.tensor=8 .* students\.vits \(6\): .*tensor=2$", tensor=8)
     refused(stage1_proxy.get_config(), r"mesh\.tensor=8 .* teachers\.dinov3 \(20\): .*tensor=4$", tensor=8)
+
+
+def test_grouped_convolutions_do_not_train_in_tensor_groups():
+    config = stage2_convnext_tiny.get_config()
+    message = r"mesh\.tensor=2 makes the gradients of students\.convnext_tiny wrong: .* --config\.mesh\.tensor=1, or "
+    refused(config, message, tensor=2)
+    config.students.convnext_tiny.overrides = {"depthwise": "matmul"}
+    check_mesh(config, make_mesh(tensor=2, devices=jax.devices()[:8]), 1)
