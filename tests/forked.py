@@ -57,6 +57,7 @@ def _become(words: list[str], folder: Path, environment: dict[str, str], files: 
         opened = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, stream)
         os.close(opened)
+    multiprocessing.process._parent_process = None  # workers of ours end with theirs; a command has none
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -18,6 +18,7 @@ from eupe_jax.planning import pairs, plan, report, sweep, traced
 from eupe_jax.planning.compiling import Compiled, write_atomically
 from eupe_jax.sharding import chips
 from eupe_jax.training.model_flops import step_flops
+from tests.launch.test_commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -217,7 +218,7 @@ def command(*arguments, **environment):
 
 
 def test_the_command_refuses_in_one_line():
-    result = command("--config=configs/stage2_vitb.py:runlocal", "--topology=v5e-256")
+    result = run("launch/plan.py", "--config=configs/stage2_vitb.py:runlocal", "--topology=v5e-256")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: --topology=v5e-256 is unknown")
 
