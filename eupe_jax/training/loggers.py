@@ -67,7 +67,7 @@ class _WandB:
         if known.value is None:
             known.write(secrets.token_hex(8))
         folder = tempfile.mkdtemp(prefix="wandb_") if "://" in str(workdir) else workdir / FOLDER
-        # finish_timeout: else it waits at the end, in the interpreter's own exit too, for as long as the network is gone
+        # finish_timeout: else it waits at the end, in the interpreter's own exit too, as long as the network is gone
         settings = wandb.Settings(
             console="off", x_disable_stats=True, x_disable_machine_info=True, finish_timeout=PATIENCE / 2
         )
