@@ -18,6 +18,7 @@ from eupe_jax.training import checkpoints, distributed
 from eupe_jax.training.loop import train
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
+from tests.conftest import FLAGS
 from tests.launch.test_commands import ROOT, assert_one_line, run
 
 DEVICES = 8  # of all processes together
@@ -54,9 +55,10 @@ def launch(command, processes, *flags):
         sys.executable, f"launch/{command}.py", "--config=configs/stage2_vitt.py:runlocal",
         *(f"--config.{name}={value}" for name, value in FIELDS.items()), *joined, *flags,
     ]  # fmt: skip
+    flags = FLAGS | {"xla_force_host_platform_device_count": here}
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={here} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": " ".join(f"--{flag}={value}" for flag, value in flags.items()),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
     started = [
