@@ -31,7 +31,7 @@ def products(jaxpr):
 
 def test_gradients_are_the_same_and_products_sum_over_one_axis():
     x = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
-    variables = Layers().init(jax.random.key(0), x)
+    variables = jax.jit(Layers().init)(jax.random.key(0), x)
     flat = with_flat_rows(step, make_mesh(devices=jax.devices()[:1]))
     assert flat.__name__ == "step"
     found, expected = (jax.jit(function)(variables, x) for function in (flat, step))
