@@ -125,6 +125,8 @@ def base() -> ConfigDict:
     config.evals = ConfigDict()
 
     config.log_every = 50
+    # Where figures are shown beside metrics.jsonl (docs/logging.md): also "wandb" and "mlflow", where installed.
+    config.loggers = ("tensorboard",)
     return config
 
 

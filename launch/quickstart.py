@@ -33,8 +33,12 @@ BUDGET = flags.DEFINE_float("budget", 1.0, "share of the steps and images: 0.05 
 RESUME = flags.DEFINE_bool("resume", False, "go on where a stopped quickstart with the same flags left off")
 
 VIEWS = 2  # augmented views of every image that the experts see
-MADE = ("features", "statistics", "stage1", "stage2", "stage3", "shuffled", "student.safetensors", "student.pte",
-        "student.json", "summary.json", "report.html")  # fmt: skip
+MADE = (
+    "features", "statistics", "stage1", "stage2", "stage3", "shuffled", "student.safetensors",
+    "student.safetensors.md", "student.safetensors.statistics.md", "student.safetensors.statistics.png",
+    "student.pte", "student.json", "student.pte.md", "student.pte.statistics.md", "student.pte.statistics.png",
+    "summary.json", "report.html",
+)  # fmt: skip
 
 
 def scaled(mode: str, out: Path) -> ConfigDict:

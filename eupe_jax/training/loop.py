@@ -149,7 +149,7 @@ def _train(
     replicas = ReplicaCheck(mesh)
     health = Health(workdir, config, data.describe, enabled=is_main())
     running = RunningMetrics(read_manifest(saver.directory / str(start)).get(SINCE_LOG) if start else None)
-    shown = {"names": config.get("loggers", (loggers.TENSORBOARD,)), "config": config.to_dict()}
+    shown = {"names": config.loggers, "config": config.to_dict()}
     writer = MetricWriter(workdir, resume_step=start, enabled=is_main(), **shown)
     for each in (profiler, writer):
         _close_at_end(opened, each)
@@ -288,7 +288,7 @@ def check_run(
     pipeline.check_config(config)
     check_evals(evals, config.log_every)
     best.check_settings(config.checkpoint, [each.name for each in evals])
-    loggers.check(config.get("loggers", ()))
+    loggers.check(config.loggers)
     mesh = make_mesh(**config.mesh)
     check_mesh(config, mesh, jax.process_count())
     config = config.copy_and_resolve_references()

@@ -22,7 +22,7 @@ CONFIG, DATA = "config.json", "data.json"
 # `accumulate` is none where loss.shuffle_targets is set: targets are shuffled within a micro-batch. The GELU
 # of teachers is none of them, because it moves the targets: the config of a run says which it began with, never "auto".
 FREE_FIELDS = (
-    "log_every", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
+    "log_every", "loggers", "checkpoint", "data.threads", "data.workers", "data.max_broken_fraction", "mesh", "evals",
     "faults.max_skipped", "faults.fingerprint_every", "faults.stall_factor",
     "accumulate", "compute.attention", "compute.async_collectives", "students.*.remat", "*.overrides.remat",
     "*.overrides.scan_unroll", "*.overrides.depthwise",
@@ -31,8 +31,8 @@ FREE_FIELDS = (
 # What a run writes, in the order in which it is set aside: a run that still has its checkpoints is whole without the
 # rest, and its config, which says that there is one, goes last. Compiled programs serve any run.
 OF_A_RUN = (
-    "profile", "tensorboard", "evals", "timings.jsonl", "metrics.jsonl", "bad_steps.jsonl", "damaged", "statistics",
-    "best.json", "checkpoints", DATA, CONFIG,
+    "profile", "tensorboard", "loggers", "evals", "timings.jsonl", "metrics.jsonl", "bad_steps.jsonl", "damaged",
+    "statistics", "best.json", "checkpoints", DATA, CONFIG,
 )  # fmt: skip
 
 
