@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -153,8 +153,9 @@ class FeatureCache:
                 layout[f"{name}.cls"] = (spec.cls_dim,)
         return layout
 
-    def entries(self, entry: np.ndarray) -> dict:
-        """The batch made of these entries (int [b]); features as float32."""
+    def entries(self, entry: np.ndarray, teachers: Collection[str] | None = None) -> dict:
+        """The batch made of these entries (int [b]); features, of all teachers or of some, as float32. Without any
+        there is no "features"."""
         layout, b = self._layout, len(entry)
         image, index = np.empty((b, *layout["image"]), np.uint8), np.empty(b, np.int64)
         features = {
@@ -163,7 +164,7 @@ class FeatureCache:
                 for kind in ("cls", "patches")
                 if (key := f"{name}.{kind}") in layout
             }
-            for name in self.teachers
+            for name in (self.teachers if teachers is None else teachers)
         }
 
         def fill(j: int) -> None:
@@ -174,7 +175,7 @@ class FeatureCache:
                     decode_features(f"{name}.{kind}", arrays, out[j])
 
         for_each(fill, range(b), threads=self._threads, name="feature-cache")
-        return {"image": image, "index": index, "features": features}
+        return {"image": image, "index": index} | ({"features": features} if features else {})
 
     def entries_of_step(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """Entries (int64 [batch_size]) of the global batch of `step`."""
@@ -185,16 +186,22 @@ class FeatureCache:
         return view * self.records + record
 
     def batches(
-        self, start_step: int = 0, *, batch_size: int, seed: int, positions: np.ndarray | None = None
+        self,
+        start_step: int = 0,
+        *,
+        batch_size: int,
+        seed: int,
+        positions: np.ndarray | None = None,
+        teachers: Collection[str] | None = None,
     ) -> Background:
-        """The entries at `positions` (int [b], None: all) of every global batch from `start_step` on, read ahead in a
-        thread; endless. Close it when done.
+        """The entries at `positions` (int [b], None: all) of every global batch from `start_step` on, with the features
+        of all teachers or of some, read ahead in a thread; endless. Close it when done.
         """
         mine = slice(None) if positions is None else np.asarray(positions)
 
         def read(steps: Iterator[int]) -> Iterator[dict]:
             for step in steps:
-                yield self.entries(self.entries_of_step(step, batch_size, seed)[mine])
+                yield self.entries(self.entries_of_step(step, batch_size, seed)[mine], teachers)
 
         return Background(read, itertools.count(start_step), ahead=2)
 

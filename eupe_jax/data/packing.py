@@ -329,6 +329,10 @@ class _Worker:
 def _begin(worker: _Worker) -> None:
     _Worker.current = worker
     worker.begin()
+
+
+def _begin_process(worker: _Worker) -> None:
+    _begin(worker)
     end_with_parent()
 
 
@@ -341,8 +345,11 @@ def _each(job: Callable, tasks: Iterable, workers: int, bar: tqdm) -> Iterator:
     context = multiprocessing.get_context("spawn")  # forked copies of threads and locks may hang
     counters, stop = context.RawArray("q", 2 * workers), context.RawValue("b", 0)
     worker = _Worker(job, counters, stop, context.Value("i", 0))
-    arguments = {"max_workers": workers, "initializer": _begin, "initargs": (worker,)}
-    pool = ThreadPoolExecutor(**arguments) if workers == 1 else ProcessPoolExecutor(**arguments, mp_context=context)
+    arguments = {"max_workers": workers, "initargs": (worker,)}
+    if workers == 1:
+        pool: Executor = ThreadPoolExecutor(**arguments, initializer=_begin)
+    else:
+        pool = ProcessPoolExecutor(**arguments, initializer=_begin_process, mp_context=context)
     start, tasks = bar.n, iter(tasks)
     try:
         with _interrupts_later() as interrupted:

@@ -169,7 +169,11 @@ class Data:
         positions = local_positions(sharding, config.batch_size)
         if loader is None:
             local = self._cache.batches(
-                start_step, batch_size=config.batch_size, seed=config.seed, positions=positions
+                start_step,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                positions=positions,
+                teachers=[name for name in config.teachers if name in self._cache.teachers],
             )
             if hosts:
                 local = with_host_teachers(local, hosts, start_step=start_step)
@@ -183,7 +187,7 @@ class Data:
 
 class Batches:
     """Global batches on the mesh: {"image": uint8 [B, S, S, 3], "index": [B]}; with host teachers or a feature cache
-    also {"features": {name: tokens}} and pixels already augmented. Endless; close it when done.
+    also {"features": {name: tokens}}, of those of the run, and pixels already augmented. Endless; close it when done.
     """
 
     def __init__(
@@ -238,8 +242,8 @@ def batches(config: ConfigDict, hosts: Mapping[str, HostTeacher], mesh: Mesh, *,
 
 def device_augment(config: ConfigDict, teachers: Mapping[str, Teacher]) -> Callable | None:
     """`augment(step, images, positions)` for the jitted step; None where the batch brings augmented pixels, as it does
-    with the features of host teachers and of a cache."""
-    if any(teacher.is_host for teacher in teachers.values()):
+    with the features of host teachers, and from a cache."""
+    if config.data.feature_cache or any(teacher.is_host for teacher in teachers.values()):
         return None
     settings = AugmentConfig.from_dict(config.augment)
 

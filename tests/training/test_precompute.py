@@ -18,7 +18,7 @@ from eupe_jax.distill.adapters import AdapterBank
 from eupe_jax.distill.step import Loss, Student, make_step
 from eupe_jax.distill.teachers import view
 from eupe_jax.sharding.mesh import make_mesh
-from eupe_jax.training import assemble, pipeline
+from eupe_jax.training import assemble, pipeline, program
 from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.precompute import precompute
 from tests.training.conftest import tiny_config
@@ -195,6 +195,8 @@ def test_a_cache_without_any_teacher_of_the_run_gives_its_pixels(caches):
     assert set(teachers.by_name) == {"a"}
     alone, *_ = first_batches(config, teachers)
     np.testing.assert_array_equal(alone["image"], batch["image"])
+    assert alone.keys() == program.abstract_batch(config, teachers.by_name, make_mesh()).keys()  # nothing of others
+    assert pipeline.device_augment(config, teachers.by_name) is None  # it was augmented when it was cached
 
 
 def test_what_cannot_be_cached_is_said(config, tmp_path):
