@@ -35,7 +35,13 @@ def small_stage_2(**axes):
     ("slice_", "axes"),
     [
         ("v5e:4x4", {"fsdp": 4}),
-        ("v5e:2x4", {"fsdp": 2, "tensor": 2}),
+        pytest.param(
+            "v5e:4x4",
+            {"fsdp": 4, "tensor": 2},
+            marks=pytest.mark.xfail(
+                strict=True, reason="row kernels of tensor groups are cut on outputs over fsdp: 128 wide, summed whole"
+            ),
+        ),
         ("v5p:2x2x4", {"fsdp": 8}),
     ],
 )

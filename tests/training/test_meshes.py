@@ -122,7 +122,8 @@ def assert_cut(placed, axes) -> None:
 def check(stage: str, meshes, *, augmented: bool = False, **overrides) -> None:
     config = recipe(stage, augmented=augmented)
     for entry in config.students.values():
-        entry.overrides.update(overrides)
+        with entry.unlocked():
+            entry.overrides.update(overrides)
     expected, _ = trained(config, 1)
     losses = [loss for step in expected for loss, _, _ in step.values()]
     assert len(set(losses)) == len(losses), "every step sees other images"
