@@ -26,7 +26,7 @@ test: install
 
 # kills, corrupts and fills for real: runs/faults/summary.json and the table in docs/reliability.md
 faults: install
-	$(BIN)/python -m pytest -q -m faults -n 3 --dist loadfile tests/faults $(ARGS)
+	$(BIN)/python -m pytest -q -m faults -n 3 --dist loadfile --max-worker-restart=0 tests/faults $(ARGS)
 
 # every report of docs/plans, predicted from programs compiled for TPUs that are not there: hours on two cores, resumable
 plans: install
