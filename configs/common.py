@@ -211,7 +211,7 @@ def finish(config: ConfigDict, mode: str) -> ConfigDict:
     """Applies `mode`, then locks the fields so that a misspelt override is an error.
 
     Raises:
-      ValueError: unknown mode.
+      ValueError: unknown mode, or one that these teachers do not have.
     """
     if mode not in MODES:
         raise ValueError(f"unknown config mode {mode!r}: use one of {MODES}")
@@ -226,6 +226,11 @@ def finish(config: ConfigDict, mode: str) -> ConfigDict:
 
 def _shrink(config: ConfigDict) -> None:
     """Two random tiny models, 64 pixels and below, synthetic images, a few steps: seconds, no data, no weights."""
+    if hosts := [name for name, entry in config.teachers.items() if entry.kind == "host"]:
+        raise ValueError(
+            f"teachers {hosts} run on the host and have no small version: leave runlocal out, and shorten the run by "
+            "--config.total_steps=6"
+        )
     sides = {side: 32 * (1 + i) for i, side in enumerate(sorted(set(config.student_resolutions)))}
     config.student_resolutions = tuple(sides[s] for s in config.student_resolutions)
     for entry in (*config.students.values(), *config.teachers.values()):

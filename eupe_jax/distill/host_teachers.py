@@ -4,9 +4,11 @@ A host teacher is any object with a `.spec` (TeacherSpec) and a `__call__` from 
 in the batch. Write one in one file and name it in a config by import path (`load_host_teacher`).
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -186,10 +188,16 @@ class _OnnxSession:
         self._run_options.only_execute_path_to_fetches = True  # an inner tensor needs no head
         self._outputs = outputs
 
+        # Weights may lie in files beside it (torch.onnx.export's default); bytes alone would not say where.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent))
+
         def open_session(model: str | bytes):
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-        self._session = open_session(str(path))
+        try:
+            self._session = open_session(str(path))
+        except Exception as e:
+            raise ValueError(f"{path}: onnxruntime cannot open this file: {e}") from e
         known = {o.name for o in self._session.get_outputs()}
         if inner := [o for o in outputs if o not in known]:
             try:
@@ -200,6 +208,18 @@ class _OnnxSession:
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         return self._session.run(self._outputs, {self._input: x}, self._run_options)
+
+
+def _onnx_digest(path: Path) -> str:
+    """Hex digest of an ONNX file and of the files beside it that hold its weights.
+
+    TensorProto.external_data is a list of (key 1, value 2) messages; the value at "location" names the file.
+    """
+    model = path.read_bytes()
+    found = re.finditer(rb"\n\x08location\x12([\x01-\x7f])", model)
+    beside = {path.parent / model[m.end() : m.end() + m[1][0]].decode(errors="replace") for m in found}
+    digests = [sha256_file(path), *(sha256_file(p) for p in sorted(beside) if p.is_file())]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _as_graph_output(name: str) -> bytes:
@@ -331,7 +351,7 @@ class OnnxTeacher:
             resolution=resolution,
             mean=tuple(mean),
             std=tuple(std),
-            fingerprint=fingerprint(sha256_file(path), tokens, mean, std),
+            fingerprint=fingerprint(_onnx_digest(Path(path)), tokens, mean, std),
         )
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -88,16 +88,17 @@ def make_source(name: str, entry: ConfigDict) -> source_kinds.Source:
 
 
 def make_loader(config: ConfigDict) -> Loader:
-    """The loader that `config.data` describes."""
+    """The loader that `config.data` describes. A source of weight 0 is never drawn from, and need not be there."""
     data = config.data
+    drawn = {name: entry for name, entry in data.sources.items() if entry.weight} or data.sources
     return Loader(
-        {name: make_source(name, entry) for name, entry in data.sources.items()},
+        {name: make_source(name, entry) for name, entry in drawn.items()},
         host_config(data),
         batch_size=config.batch_size,
         seed=config.seed,
-        weights={name: entry.weight for name, entry in data.sources.items()},
+        weights={name: entry.weight for name, entry in drawn.items()},
         mixing=data.mixing,
-        repeats={name: entry.repeat for name, entry in data.sources.items() if entry.get("repeat", 0)},
+        repeats={name: entry.repeat for name, entry in drawn.items() if entry.get("repeat", 0)},
         total_steps=config.total_steps,
         threads=data.threads,
         workers=data.workers,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import configs
-from eupe_jax.training import assemble
+from configs import common, direct_base, stage2_vitt
+from eupe_jax.training import assemble, pipeline
 
 RECIPES = [m.name for m in pkgutil.iter_modules(configs.__path__) if re.match(r"stage\d_(?!base)", m.name)]
 
@@ -119,3 +120,17 @@ def test_runlocal_is_small_and_complete(recipe):
 def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="runlocl"):
         load("stage2_vitt", "runlocl")
+
+
+def test_a_source_of_weight_0_need_not_be_there():
+    config = stage2_vitt.get_config()
+    with config.unlocked():
+        config.data.sources.imagenet.weight = 0.0  # no data set of that name was made here
+        config.data.sources.large = common.source("synthetic", "", weight=0.9, size=64)
+    assert list(pipeline.make_loader(config).sources) == ["large"]
+
+
+def test_a_teacher_on_the_host_has_no_small_version():
+    experts = {"mine": common.host_teacher("some.module:Teacher", 128)}
+    with pytest.raises(ValueError, match=r"teachers \['mine'\] run on the host and have no small version"):
+        common.finish(direct_base.base({"vitt": "eupe_vitt16"}, experts), "runlocal")

@@ -196,6 +196,34 @@ def test_onnx_teacher_says_what_does_not_fit(tiny_onnx, declared, message):
 
 
 @needs_onnxruntime
+def test_onnx_teacher_takes_weights_that_lie_beside_its_file(tmp_path):
+    def entry(key, value):
+        return _field(13, _field(1, key) + _field(2, value))
+
+    kernel = _field(1, 4) + _field(1, 3) + _field(1, 8) + _field(1, 8) + _field(2, 1) + _field(8, "kernel")
+    kernel += entry("location", "weights.data") + entry("offset", "0") + entry("length", str(4 * 4 * 3 * 64))
+    graph = _node("Conv", ["image", "kernel"], "inner", kernel_shape=[8, 8], strides=[8, 8]) + _node(
+        "Relu", ["inner"], "map"
+    )
+    graph += _field(2, "conv") + _field(5, kernel + _field(14, 1)) + _field(11, _value("image", ["b", 3, "h", "w"]))
+    graph += _field(12, _value("map", ["b", 4, "h", "w"]))
+    path, weights = tmp_path / "conv.onnx", tmp_path / "weights.data"
+    path.write_bytes(
+        _field(1, 8) + _field(7, graph + _field(12, _value("map", ["b", 4, "h", "w"]))) + _field(8, _field(2, 12))
+    )
+    with pytest.raises(ValueError, match="conv.onnx: onnxruntime cannot open this file: .*weights.data"):
+        OnnxTeacher(str(path), resolution=32, patches="map")
+    values = np.random.default_rng(0).normal(size=4 * 3 * 64).astype("<f4")
+    weights.write_bytes(values.tobytes())
+    outer, inner = (OnnxTeacher(str(path), resolution=32, patches=name) for name in ("map", "inner"))
+    images = np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    np.testing.assert_allclose(outer(images)["patches"], np.maximum(inner(images)["patches"], 0), atol=1e-5)
+    weights.write_bytes((values + 1).tobytes())
+    other = OnnxTeacher(str(path), resolution=32, patches="map")
+    assert other.spec.fingerprint != outer.spec.fingerprint  # statistics of the old ones are refused
+
+
+@needs_onnxruntime
 def test_onnx_teacher_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.onnx"):
         OnnxTeacher(str(tmp_path / "gone.onnx"), resolution=32, patches="map")
