@@ -1,11 +1,11 @@
 """What the command-line entries share: flags, and errors as one line that names the fix."""
 
-import atexit
 import logging
 import os
 import re
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def define_config(help_text: str = "recipe, e.g. configs/stage2_vitb.py or confi
 
 def fail(message: str) -> None:
     """Prints one line and exits with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(BAD_INPUT)
 
 
@@ -106,18 +106,19 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
                 raise
             for note in getattr(error, "__notes__", ()):  # what does not go into a line: lists of files
                 print(note, file=sys.stderr)
-            atexit.register(_hush)
+            _hush()
             fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
 
     app.run(guarded, flags_parser=_parse)
 
 
 def _hush() -> None:
-    """At the end nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
-    bury the error's line under stacks of other packages."""
+    """From here on nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
+    bury the error's line under stacks of other packages, or print into it from threads of their own."""
     warnings.simplefilter("ignore")
     logging.disable()
     sys.unraisablehook = sys.excepthook = threading.excepthook = lambda *_: None
+    time.sleep(0.05)  # whoever is in the middle of a line ends it
 
 
 def require(flag: flags.FlagHolder, name: str) -> object:
