@@ -113,7 +113,7 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
 
 
 def _hush() -> None:
-    """From here on nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
+    """From now on nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
     bury the error's line under stacks of other packages, or print into it from threads of their own."""
     warnings.simplefilter("ignore")
     logging.disable()
