@@ -1,5 +1,7 @@
 """What the command-line entries share: flags, and errors as one line that names the fix."""
 
+import atexit
+import contextlib
 import logging
 import os
 import re
@@ -7,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -106,19 +108,33 @@ def run(main: Callable[[], None], *, arguments: bool = False) -> None:
                 raise
             for note in getattr(error, "__notes__", ()):  # what does not go into a line: lists of files
                 print(note, file=sys.stderr)
-            _hush()
-            fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
+            atexit.register(_hush)
+            with _hushed():
+                fail(f"{_reason(str(error))} [EUPE_TRACEBACK=1 shows where]")
 
     app.run(guarded, flags_parser=_parse)
 
 
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Inside, threads of other packages print into nobody's line."""
+    hooks, disabled = (sys.unraisablehook, sys.excepthook, threading.excepthook), logging.root.manager.disable
+    with warnings.catch_warnings():
+        _hush()
+        time.sleep(0.05)  # whoever is in the middle of a line ends it
+        try:
+            yield
+        finally:
+            sys.unraisablehook, sys.excepthook, threading.excepthook = hooks
+            logging.disable(disabled)
+
+
 def _hush() -> None:
-    """From now on nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
-    bury the error's line under stacks of other packages, or print into it from threads of their own."""
+    """At the end nobody says more: what a failed save left behind (coroutines nobody awaits, tasks nobody asked) would
+    bury the error's line under stacks of other packages."""
     warnings.simplefilter("ignore")
     logging.disable()
     sys.unraisablehook = sys.excepthook = threading.excepthook = lambda *_: None
-    time.sleep(0.05)  # whoever is in the middle of a line ends it
 
 
 def require(flag: flags.FlagHolder, name: str) -> object:

@@ -286,7 +286,7 @@ def test_another_config_in_the_same_workdir_is_refused(whole_run):
     other.data.max_broken_fraction = 0.5  # what stops a run may be changed to go on with it
     with pytest.raises(ValueError, match=r"go back to: optimizer.weight_decay=0.0001 \(now 0.5\)\n") as refused:
         train(other, workdir)
-    assert "fields that a resumed run may change: log_every, checkpoint," in refused.value.__notes__[0]
+    assert "fields that a resumed run may change: log_every, loggers, checkpoint," in refused.value.__notes__[0]
 
 
 def test_what_only_rounds_may_change_and_what_teachers_say_may_not(whole_run):
