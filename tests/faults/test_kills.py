@@ -105,7 +105,7 @@ class Training:
             time.sleep(self.moments.uniform(0, 6))
         else:  # first some steps, so that the run comes further from kill to kill
             run.wait_for(lambda: has_logged(run, workdir, past=before.newest))
-            time.sleep(self.moments.uniform(0, 1.5) if phase == "training" else 0)
+            time.sleep(self.moments.uniform(0, 0.4) if phase == "training" else 0)  # later it saves or evaluates
         if phase in ("save", "evaluation"):
             run.wait_for(lambda: Seen(workdir).phase(before) == phase)
             time.sleep(self.moments.uniform(0, 0.1 if phase == "save" else 0.5))
@@ -125,7 +125,7 @@ def test_training(tmp_path, cache, moments, record):
     lines = (whole / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == STEPS // LOG_EVERY + STEPS // EVALUATE_EVERY
     while missing := [phase for phase, wanted in TRAINING_KILLS.items() if hit[phase] < wanted]:
-        assert hit.total() < 2 * sum(TRAINING_KILLS.values()), f"kills that were aimed do not hit: {hit}"
+        assert hit.total() < 4 * sum(TRAINING_KILLS.values()), f"kills that were aimed do not hit: {hit}"
         phase = training.kill(runs[-1], moments.choice(missing))
         hit[phase] += 1
         print(f"{runs[-1].name} is logged up to {logged_step(runs[-1])}; hit: {dict(hit)}", flush=True)
