@@ -155,10 +155,12 @@ class Study:
                 train(config, workdir)
             else:
                 train(self._with_curve(config), workdir, evals=training_evals(self._with_curve(config), workdir))
-            write_whole(done, json.dumps({"steps": config.total_steps, "flops": self.flops(run, seed)}))
         if name == "proxy":
             with self.clock.part(f"seed {seed}: statistics of the proxy"):
                 measure_statistics(self.config(study.Run(("proxy",)), seed), self.folder(seed) / "statistics" / "proxy")
+        write_whole(
+            done, json.dumps({"steps": config.total_steps, "flops": self.flops(run, seed)})
+        )  # it lacks nothing now
 
     def _with_curve(self, config: ConfigDict) -> ConfigDict:
         config = config.copy_and_resolve_references()
