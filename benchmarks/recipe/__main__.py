@@ -158,9 +158,8 @@ class Study:
         if name == "proxy":
             with self.clock.part(f"seed {seed}: statistics of the proxy"):
                 measure_statistics(self.config(study.Run(("proxy",)), seed), self.folder(seed) / "statistics" / "proxy")
-        write_whole(
-            done, json.dumps({"steps": config.total_steps, "flops": self.flops(run, seed)})
-        )  # it lacks nothing now
+        # last: it lacks nothing now
+        write_whole(done, json.dumps({"steps": config.total_steps, "flops": self.flops(run, seed)}))
 
     def _with_curve(self, config: ConfigDict) -> ConfigDict:
         config = config.copy_and_resolve_references()
