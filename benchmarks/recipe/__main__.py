@@ -6,6 +6,9 @@
 Trains every row of the table for each of --seeds and the three main rows (all experts directly, stages 1+2, stages
 1+2+3) for --main_seeds, measures them all, and keeps OUT/results.csv, OUT/table.md and the figures up to date after
 every row. The same command goes on where it was stopped. --budget=0.01 tries the whole road in minutes.
+
+Networks this small keep one core busy, hardly two: start the command once on every core (`taskset -c 0`, `taskset -c
+1`), and the processes share the rows out among them.
 """
 
 import contextlib
@@ -23,6 +26,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.recipe import measure, pictures, report, study
 from configs import common
+from eupe_jax.data.shard_files import BusyError, alone
 from eupe_jax.distill.host_teachers import load_host_teacher
 from eupe_jax.distill.normalization import Statistics
 from eupe_jax.evals import compatibility
@@ -50,14 +54,31 @@ ONLY = flags.DEFINE_list("only", [], "these runs alone, and those that they star
 SIMILARITY_IMAGES = 256
 TRIAL_IMAGES = 15_000  # of which a trial takes its share
 CURVE_POINTS = 3  # kNN evaluations inside the steps of a student
+WAIT = 5  # seconds until a process that found nothing to do looks again
+
+
+@contextlib.contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """`shard_files.alone`, after whoever is before us."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(alone(lock, "busy"))
+                break
+            except BusyError:
+                time.sleep(0.1)
+        yield
 
 
 class Clock:
-    """Seconds that every part has taken, over all the times the study was started: OUT/seconds.json."""
+    """Seconds that every part has taken, over all processes and all the times they were started: OUT/seconds.json."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -66,8 +87,10 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-            write_whole(self._path, json.dumps(self.seconds, indent=2))
+            with held(self._path.with_suffix(".lock")):
+                seconds = self.seconds
+                seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 1)
+                write_whole(self._path, json.dumps(seconds, indent=2))
 
 
 class Study:
@@ -142,6 +165,27 @@ class Study:
         runs = study.runs()
         each = self.flops(runs["direct"], seed) / self.size.steps
         return round((self.flops(runs["proxy"], seed) + self.flops(runs["stage12"], seed)) / each)
+
+    def ready(self, seed: int, name: str) -> bool:
+        """Whether all that a row starts from is there."""
+        needs = set() if name == "untrained" else study.runs()[name].needs
+        return all((self.folder(seed) / need / study.DONE).exists() for need in needs)
+
+    def do(self, seed: int, name: str) -> bool:
+        """Trains and measures a row, but for what was done before; False when another process is at it."""
+        self.folder(seed).mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(alone(self.folder(seed) / f"{name}.lock", "busy"))
+            except BusyError:
+                return False
+            if name != "untrained":
+                self.train(name, seed)
+            if name not in study.NOT_ROWS:
+                self.measure(name, seed)
+        with held(self.out / "report.lock"):
+            report.write(self.out, report.collect(self.out), self.share)
+        return True
 
     def train(self, name: str, seed: int) -> None:
         """A run to its end, unless it got there before."""
@@ -228,18 +272,22 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
     _same_budget(out / "budget.json")
-    whole = Study(out, data, study.Size().scaled(BUDGET.value), BUDGET.value)
-    whole.prepare()
+    with held(out / "shared.lock"):
+        whole = Study(out, data, study.Size().scaled(BUDGET.value), BUDGET.value)
+        whole.prepare()
     complete, main_only = [int(s) for s in SEEDS.value], [int(s) for s in MAIN_SEEDS.value]
     plan = [(seed, _wanted(tuple(ONLY.value) or study.MAIN)) for seed in complete + main_only]
     plan += [(seed, _wanted(tuple(ONLY.value) or tuple(study.runs()))) for seed in complete]
-    for seed, names in plan:  # the main rows of every seed first: the most that can be said at any time
-        for name in ["untrained", *names]:
-            if name != "untrained":
-                whole.train(name, seed)
-            if name not in study.NOT_ROWS:
-                whole.measure(name, seed)
-                report.write(out, report.collect(out), BUDGET.value)
+    # the main rows of every seed first: the most that can be said at any time
+    left = list(dict.fromkeys((seed, name) for seed, names in plan for name in ["untrained", *names]))
+    while left:
+        before = len(left)
+        for job in tuple(left):
+            if whole.ready(*job) and whole.do(*job):
+                left.remove(job)
+                break  # what comes earlier may be ready now
+        if len(left) == before:
+            time.sleep(WAIT)  # what is left is done elsewhere, or waits for that
     print((out / report.TABLE).read_text())
     print(f"{sum(whole.clock.seconds.values()) / 60:.0f} minutes in all; see {out}")
 

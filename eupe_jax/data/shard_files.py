@@ -15,17 +15,21 @@ from eupe_jax.hashing import sha256_file
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
+class BusyError(OSError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def alone(lock: Path, busy: str) -> Iterator[None]:
     """Holds a lock file, made if need be, until the block or the process ends, however it does.
 
-    Raises OSError, saying `busy`, when another process holds it. File systems without locks are let pass.
+    Raises BusyError, saying `busy`, when another process holds it. File systems without locks are let pass.
     """
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise OSError(busy) from e
+            raise BusyError(busy) from e
         except OSError:
             pass
         yield
