@@ -1,5 +1,4 @@
 import importlib.util
-import struct
 
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ from eupe_jax.distill.host_teachers import (
     load_host_teacher,
     resize_images,
 )
+from tests import onnx_file
+from tests.onnx_file import field, node, value
 
 
 def _missing(*packages):
@@ -119,48 +120,9 @@ def test_ocr_map_is_the_inner_tensor_averaged():
     np.testing.assert_allclose(got, fine.reshape(2, 4, 4, 4, 4, 96).mean((2, 4)), atol=1e-4)
 
 
-def _field(number: int, payload: bytes | int | str) -> bytes:
-    """One protocol-buffer field; enough to write a small ONNX file without the onnx package."""
-
-    def varint(n: int) -> bytes:
-        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
-
-    if isinstance(payload, int):
-        return varint(number * 8) + varint(payload)
-    payload = payload.encode() if isinstance(payload, str) else payload
-    return varint(number * 8 + 2) + varint(len(payload)) + payload
-
-
-def _node(op: str, inputs: list[str], output: str, **ints) -> bytes:
-    out = b"".join(_field(1, i) for i in inputs) + _field(2, output) + _field(4, op)
-    for key, value in ints.items():
-        body = _field(3, value) if isinstance(value, int) else b"".join(_field(8, v) for v in value)
-        out += _field(5, _field(1, key) + body + _field(20, 2 if isinstance(value, int) else 7))
-    return _field(1, out)
-
-
-def _value(name: str, dims: list[str | int]) -> bytes:
-    shape = b"".join(_field(1, _field(2, d) if isinstance(d, str) else _field(1, d)) for d in dims)
-    return _field(1, name) + _field(2, _field(1, _field(1, 1) + _field(2, shape)))
-
-
 @pytest.fixture
 def tiny_onnx(tmp_path):
-    """8x8 cell means of the image as "map" [b, 3, h, w] and, behind one class token, as "tokens" [b, 1 + hw, 3]."""
-
-    def constant(name, *values):
-        data = b"".join(struct.pack("<q", v) for v in values)
-        return _field(5, _field(1, len(values)) + _field(2, 7) + _field(8, name) + _field(9, data))
-
-    graph = _node("AveragePool", ["image"], "map", kernel_shape=[8, 8], strides=[8, 8])
-    graph += _node("GlobalAveragePool", ["image"], "pooled") + _node("Flatten", ["pooled"], "cls")
-    graph += _node("Reshape", ["map", "rows"], "flat") + _node("Transpose", ["flat"], "patches", perm=[0, 2, 1])
-    graph += _node("Unsqueeze", ["cls"], "prefix", axes=[1]) + _node("Concat", ["prefix", "patches"], "tokens", axis=1)
-    graph += _field(2, "tiny") + constant("rows", 0, 3, -1) + _field(11, _value("image", ["b", 3, "h", "w"]))
-    graph += _field(12, _value("tokens", ["b", "n", 3])) + _field(12, _value("cls", ["b", 3]))
-    path = tmp_path / "tiny.onnx"
-    path.write_bytes(_field(1, 7) + _field(7, graph) + _field(8, _field(2, 12)))
-    return str(path)
+    return str(onnx_file.write(tmp_path / "tiny.onnx"))
 
 
 @needs_onnxruntime
@@ -198,18 +160,18 @@ def test_onnx_teacher_says_what_does_not_fit(tiny_onnx, declared, message):
 @needs_onnxruntime
 def test_onnx_teacher_takes_weights_that_lie_beside_its_file(tmp_path):
     def entry(key, value):
-        return _field(13, _field(1, key) + _field(2, value))
+        return field(13, field(1, key) + field(2, value))
 
-    kernel = _field(1, 4) + _field(1, 3) + _field(1, 8) + _field(1, 8) + _field(2, 1) + _field(8, "kernel")
+    kernel = field(1, 4) + field(1, 3) + field(1, 8) + field(1, 8) + field(2, 1) + field(8, "kernel")
     kernel += entry("location", "weights.data") + entry("offset", "0") + entry("length", str(4 * 4 * 3 * 64))
-    graph = _node("Conv", ["image", "kernel"], "inner", kernel_shape=[8, 8], strides=[8, 8]) + _node(
+    graph = node("Conv", ["image", "kernel"], "inner", kernel_shape=[8, 8], strides=[8, 8]) + node(
         "Relu", ["inner"], "map"
     )
-    graph += _field(2, "conv") + _field(5, kernel + _field(14, 1)) + _field(11, _value("image", ["b", 3, "h", "w"]))
-    graph += _field(12, _value("map", ["b", 4, "h", "w"]))
+    graph += field(2, "conv") + field(5, kernel + field(14, 1)) + field(11, value("image", ["b", 3, "h", "w"]))
+    graph += field(12, value("map", ["b", 4, "h", "w"]))
     path, weights = tmp_path / "conv.onnx", tmp_path / "weights.data"
     path.write_bytes(
-        _field(1, 8) + _field(7, graph + _field(12, _value("map", ["b", 4, "h", "w"]))) + _field(8, _field(2, 12))
+        field(1, 8) + field(7, graph + field(12, value("map", ["b", 4, "h", "w"]))) + field(8, field(2, 12))
     )
     with pytest.raises(ValueError, match="conv.onnx: onnxruntime cannot open this file: .*weights.data"):
         OnnxTeacher(str(path), resolution=32, patches="map")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from eupe_jax.data.sources import RecordError
 from eupe_jax.distill.host_teachers import check_features
+from tests import onnx_file
 from tests.docs.pages import ROOT, blocks, tables
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -131,6 +132,30 @@ def test_the_commands_of_the_page(sandbox):
     metrics = (sandbox / "runs/own/train/metrics.jsonl").read_text()
     for name in ("mixer/hog/patch_cosine", "narrow/mixer/cls_cosine", "rank/narrow/effective_rank"):
         assert name in metrics
+
+
+@pytest.mark.slow
+def test_an_onnx_file_and_a_folder_of_ones_own(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    (text,) = [b.text for b in blocks(ROOT / "README.md") if "own_onnx.py" in b.text]
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    for i in range(24):
+        (tmp_path / "photos" / "inner" / f"{i}.png").write_bytes(picture(i))
+    for old, new in {
+        "/path/to/photos": f"{tmp_path}/photos",
+        "/path/to/model.onnx": str(onnx_file.write(tmp_path / "tiny.onnx")),
+        "TENSOR": "map",
+        "runs/mine": f"{tmp_path}/run",
+        "mine.pte": f"{tmp_path}/mine.pte",
+        "--workdir": "--config.total_steps=3 --config.statistics_steps=2 --config.log_every=1 --workdir",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    for line in text.replace("\\\n", " ").splitlines():
+        run(ROOT, *line.split()[1:])
+    assert (tmp_path / "mine.pte").stat().st_size > 1e6
+    assert "vitt/mine/patch_cosine" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_the_host_teacher_keeps_its_promise():
