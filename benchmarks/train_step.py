@@ -100,6 +100,10 @@ class JaxStep:
         self._state = state
         self._step = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, *self._arguments).compile()
 
+    def compiled_text(self) -> str:
+        """The compiled program, as XLA writes it."""
+        return self._step.as_text()
+
     def __call__(self) -> float:
         import jax
 
