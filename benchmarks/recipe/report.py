@@ -100,7 +100,7 @@ def table(out: Path, figures: Figures, budget: float) -> str:
             [_named(row), *_cost(out, row), *(figures.cell(row, figure, side) for figure in measure.FIGURES)]
             for row in figures.rows
         ]
-        lines += [f"At {side} pixels:", "", *_markdown(["row", "steps", "PFLOPs", *heads], cells), ""]
+        lines += [f"At {side} pixels:", "", *_markdown(["row", "steps", "TFLOPs", *heads], cells), ""]
     side = measure.SIDES[0]
     cells = [
         [_named(row), *(figures.cell(row, figure, side) for figure in figures.similarities)]
@@ -154,13 +154,13 @@ def _named(row: str) -> str:
 
 
 def _cost(out: Path, row: str) -> tuple[str, str]:
-    """Steps of a row's own network, and training FLOPs of all that it took, in 1e15; those of experts not counted."""
+    """Steps of a row's own network, and training FLOPs of all that it took, in 1e12; those of experts not counted."""
     done = sorted(out.glob(f"seed*/{row}/{study.DONE}"))
     if not done:
         return "", ""
     facts = _facts(done[0].parent)
     steps = sum(fact["steps"] for name, fact in facts.items() if row == "proxy" or name != "proxy")
-    return f"{steps:,}", f"{sum(fact['flops'] for fact in facts.values()) / 1e15:.1f}"
+    return f"{steps:,}", f"{sum(fact['flops'] for fact in facts.values()) / 1e12:.1f}"
 
 
 def _facts(folder: Path) -> dict[str, dict]:
@@ -221,7 +221,7 @@ def curves_figure(out: Path):
                 by_images.plot(images, values, label=study.label(name) if i == 0 else None, **style)
                 by_flops.plot(flops, values, **style)
     by_images.set(xlabel="images that the network itself was trained on", ylabel="kNN at 64 px, mean per class (%)")
-    by_flops.set(xlabel="training PFLOPs, with those of what it started from (experts excluded)", xscale="log")
+    by_flops.set(xlabel="training TFLOPs, with those of what it started from (experts excluded)", xscale="log")
     for axes in (by_images, by_flops):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -230,7 +230,7 @@ def curves_figure(out: Path):
 
 
 def _curve(folder: Path) -> list[tuple[float, float, float]]:
-    """(images, PFLOPs, kNN in per cent) at every evaluation of a finished run."""
+    """(images, TFLOPs, kNN in per cent) at every evaluation of a finished run."""
     if not (folder / study.DONE).exists():
         return []
     facts = _facts(folder)
@@ -243,7 +243,7 @@ def _curve(folder: Path) -> list[tuple[float, float, float]]:
         for key, value in line.items():
             if key.startswith("knn/") and key.endswith("/mean_per_class"):
                 flops = before + line["step"] / own["steps"] * own["flops"]
-                points.append((seen + line["step"] * batch, flops / 1e15, 100 * value))
+                points.append((seen + line["step"] * batch, flops / 1e12, 100 * value))
     return points
 
 
