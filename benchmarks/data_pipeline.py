@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=128, help="files of a set, at most")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contender")
     parser.add_argument("--batch", type=int, default=8, help="images of a device step")
-    parser.add_argument("--step_ms", type=float, default=274.0, help="predicted time of a stage-2 step on v5e 16x16")
+    parser.add_argument("--step_ms", type=float, default=258.0, help="predicted time of a stage-2 step on v5e 16x16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     for name in ("limit", "rounds", "batch", "step_ms"):

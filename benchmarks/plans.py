@@ -31,7 +31,8 @@ INTRODUCTION = """# Plans
 Every recipe's real train step at its published batch size, compiled ahead of time for three pods and costed from the
 compiled program. **All figures are predicted**; each report ends in the assumptions behind them. Made by
 `python benchmarks/plans.py` (one command, resumable); one plan: `python launch/plan.py --help`.
-[choices.md](choices.md) has what tanh in place of erf costs a frozen teacher.
+[choices.md](choices.md) has what tanh in place of erf, the attention kernel and asynchronous collectives bring on each
+chip, and what tanh costs a frozen teacher.
 """
 TRIED = "[tried.md](tried.md) has what else was tried.\n"  # written by hand
 

@@ -20,7 +20,8 @@ if __name__ == "__main__":
 
 import datetime  # noqa: E402
 import importlib  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+import json  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
 import flax.linen as nn  # noqa: E402
@@ -46,6 +47,7 @@ def erfc_gelu(x: jax.Array) -> jax.Array:
 
 
 FORMS = {"erfc (jax.nn.gelu)": erfc_gelu, "erf (exact_gelu)": exact_gelu, "tanh": tanh_gelu, "none": lambda x: x}
+PARTS = ("mlp", "step", "accuracy")
 # attention, teacher's GELU, asynchronous collectives: the first is the choice that "auto" is compared with
 STEPS = (
     ("auto", "auto", "auto"),
@@ -156,9 +158,9 @@ def accuracy_cell(width: int, depth: int, heads: int, images: int, side: int) ->
 # ---- cells and tables
 
 
-def cells(args: Any) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """(file name, what makes it) of all that was asked for."""
-    topologies, parts = args.topologies.split(","), args.parts.split(",")
+def cells(args: Any, parts: Sequence[str]) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """(file name, what makes it) of all cells of these parts that were asked for."""
+    topologies = args.topologies.split(",")
     if "mlp" in parts:
         for where, form, written in itertools.product(topologies, FORMS, (False, True)):
             label = f"mlp_{where.replace(':', '-')}_{form.split()[0]}{'_written' * written}"
@@ -174,7 +176,7 @@ def cells(args: Any) -> Iterator[tuple[str, Callable[[], dict]]]:
 
 def markdown(records: dict[str, dict]) -> str:
     """All cells that there are, as tables."""
-    parts = {kind: [r for name, r in records.items() if name.startswith(kind)] for kind in ("mlp", "step", "accuracy")}
+    parts = {kind: [r for name, r in records.items() if name.startswith(kind)] for kind in PARTS}
     text = [
         "# Kernel choices by chip",
         f"Made by `benchmarks/pod_choices.py` on {datetime.datetime.now(datetime.UTC).date()} with"
@@ -227,18 +229,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.described(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="gets the cells; the tables go to FOLDER.md")
-    add("--parts", default="mlp,accuracy,step", help="what to make (default: all)")
+    add("--parts", default=",".join(PARTS), help="what to make (default: all)")
     add("--recipes", default="stage2_vitb", metavar="NAME,...", help="files in configs/ (default: stage2_vitb)")
     add("--topologies", default="v5e:16x16,v5p:4x4x8,v6e:16x16", metavar="NAME,...", help="pods")
     args = parser.parse_args(argv)
     try:
-        if unknown := set(args.parts.split(",")) - {"mlp", "step", "accuracy"}:
-            raise ValueError(f"--parts has no {', '.join(sorted(unknown))}: use mlp, step, accuracy")
-        records = {}
-        with tqdm(list(cells(args)), unit="cell") as bar:
+        if unknown := set(args.parts.split(",")) - set(PARTS):
+            raise ValueError(f"--parts has no {', '.join(sorted(unknown))}: use {', '.join(PARTS)}")
+        with tqdm(list(cells(args, args.parts.split(","))), unit="cell") as bar:
             for name, make in bar:
                 bar.set_postfix_str(name)
-                records[name] = compiling.kept_json(args.out / f"{name}.json", make)
+                compiling.kept_json(args.out / f"{name}.json", make)
+        made = {name: args.out / f"{name}.json" for name, _ in cells(args, PARTS)}  # what was made before belongs to it
+        records = {name: json.loads(path.read_text()) for name, path in made.items() if path.exists()}
         compiling.write_atomically(args.out.with_suffix(".md"), markdown(records).encode())
     except (ValueError, OSError, ImportError) as e:
         print(f"error: {cli.one_line(e)}", file=sys.stderr)

@@ -18,6 +18,7 @@ from PIL import Image
 from eupe_jax.data.sources import RecordError
 from eupe_jax.distill.host_teachers import check_features
 from tests import onnx_file
+from tests.docs import shell
 from tests.docs.pages import ROOT, blocks, tables
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -139,23 +140,23 @@ def test_an_onnx_file_and_a_folder_of_ones_own(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("efficientnet_lite_pytorch")
     (text,) = [b.text for b in blocks(ROOT / "README.md") if "own_onnx.py" in b.text]
+    short = "--config.total_steps=3 --config.optimizer.warmup_steps=1 --config.statistics_steps=2 --config.log_every=1"
     (tmp_path / "photos" / "inner").mkdir(parents=True)
     for i in range(24):
         (tmp_path / "photos" / "inner" / f"{i}.png").write_bytes(picture(i))
     for old, new in {
         "/path/to/photos": f"{tmp_path}/photos",
         "/path/to/model.onnx": str(onnx_file.write(tmp_path / "tiny.onnx")),
-        "TENSOR": "map",
-        "runs/mine": f"{tmp_path}/run",
+        'TENSOR"': f'map {short} --config.statistics={tmp_path}/statistics"',
+        "runs/mine": str(tmp_path),
         "mine.pte": f"{tmp_path}/mine.pte",
-        "--workdir": "--config.total_steps=3 --config.statistics_steps=2 --config.log_every=1 --workdir",
     }.items():
         assert old in text
         text = text.replace(old, new)
-    for line in text.replace("\\\n", " ").splitlines():
-        run(ROOT, *line.split()[1:])
+    for words in shell.lines(text, {}):
+        run(ROOT, *words[1:])
     assert (tmp_path / "mine.pte").stat().st_size > 1e6
-    assert "vitt/mine/patch_cosine" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "vitt/mine/patch_cosine" in (tmp_path / "train" / "metrics.jsonl").read_text()
 
 
 def test_the_host_teacher_keeps_its_promise():
