@@ -59,13 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="records to write")
     args = parser.parse_args(argv)
     records = []
-    header = ["weights", "model", "side", "class mean", "min", "patch mean", "min", "nearest", "of 10", "kept float"]
+    header = ["weights", "model", "side", "class mean", "min", "patch mean", "min", "nearest", "of k", "kept float"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     try:
-        if args.count < 2 or args.choose < 1:
-            raise ValueError(f"--count {args.count} must be at least 2 and --choose {args.choose} at least 1")
+        least = quantize.KNN_IMAGES
+        if args.count < least or args.choose < 1:
+            raise ValueError(f"--count {args.count} must be at least {least} and --choose {args.choose} at least 1")
         sides = [int(side) for side in args.resolutions.split(",")]
         images = {side: gates.load_images(args.images, side, side, args.count) for side in sides}
+        if (found := len(images[sides[0]])) < least:
+            raise ValueError(f"--images {args.images} holds {found} images: {least} are needed")
         sources = [(path, weights.load, path) for path in args.checkpoints.split(",") if path]
         sources += [("random", runtimes.random_encoder, name) for name in args.random.split(",") if name]
         for origin, load, name in sources:

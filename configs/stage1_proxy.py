@@ -1,10 +1,10 @@
 """Stage 1: several frozen experts -> one 1.9B proxy (EUPE §3.1, §4.1).
 
-    python launch/measure_statistics.py --config=configs/stage1_proxy.py --out=gs://BUCKET/stage1/statistics \\
+    python launch/measure_statistics.py --config=configs/stage1_proxy.py --out=gs://BUCKET/stage1_statistics \\
         --config.teachers.pecore.checkpoint=... --config.teachers.pelang.checkpoint=... \\
         --config.teachers.dinov3.checkpoint=... --config.data.sources.large.path=...
     python launch/train.py --config=configs/stage1_proxy.py --workdir=gs://BUCKET/stage1 \\
-        --config.statistics=gs://BUCKET/stage1/statistics  (and the fields above)
+        --config.statistics=gs://BUCKET/stage1_statistics  (and the fields above)
 
 From the paper: the three experts and their input sizes (448 for both Perception Encoders, 256 for DINOv3-H+), adapter
 width 1536, losses and weights, normalisation over 500 iterations, data mixture, ImageNet pixel statistics for the

@@ -89,7 +89,7 @@ def model_card(
         "## How to feed it",
         _feeding(encoder, facts),
         "## Where it comes from",
-        *_provenance(encoder, origin),
+        *_provenance(origin),
     ]
     if origin.config:
         parts += ["## Recipe", *_recipe(origin)]
@@ -177,7 +177,7 @@ def _feeding(encoder: LoadedEncoder, facts: Mapping[str, Any]) -> str:
     return table(["", ""], rows)
 
 
-def _provenance(encoder: LoadedEncoder, origin: Origin) -> list[str]:
+def _provenance(origin: Origin) -> list[str]:
     if origin.step is None:
         return ["It was made of a weights file without a manifest: how it was trained is not known."]
     if source := origin.manifest.get("source"):

@@ -55,7 +55,7 @@ def convert(
     layout: str = "official",
     recompute_periods: bool = False,
 ) -> dict[str, Any]:
-    """Gates, then writes `out`; returns the metadata written with it, gate figures included.
+    """Gates, then writes `out`; returns the metadata written with it and all gate figures.
 
     Args:
       out: file to write, .safetensors or .pt; with the layout "transformers" a folder, new or empty.

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import quickstart as recipes
@@ -53,17 +55,22 @@ def scaled(mode: str, out: Path) -> ConfigDict:
 
 
 class Clock:
-    """Wall seconds of each part, printed as it begins."""
+    """Wall seconds of each part, printed as it begins; with --resume on top of what the stopped ones took."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        resumed = RESUME.value and path.exists()
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if resumed else {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         print(f"\n== {name}", flush=True)
         start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 1)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
+            write_whole(self._path, json.dumps(self.seconds, indent=2))
 
 
 def main() -> None:
@@ -71,8 +78,9 @@ def main() -> None:
         from convert import to_executorch, to_torch
     except ImportError as error:
         raise ImportError(f"{error}; the quickstart needs: pip install 'eupe_jax[quickstart]'") from error
-    out, clock = Path(OUT.value), Clock()
+    out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
+    clock = Clock(out / "seconds.json")
 
     with clock.part("images"):
         limit = max(64, round(quickstart_images.MAX_TRAIN * min(1.0, BUDGET.value)))
@@ -184,24 +192,28 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "executorch", "numpy")}
 
 
+def _recipe(mode: str, out: Path) -> str:
+    """The flags of a recipe as it was run: what --out and --budget have changed in configs/quickstart.py."""
+    run, usual = (flatten_dict(c.to_dict(), sep=".") for c in (scaled(mode, out), recipes.get_config(mode)))
+    changed = [f"--config.{key}={value}" for key, value in run.items() if value != usual[key]]
+    return shlex.join([f"--config=configs/quickstart.py:{mode}", *changed])
+
+
 def _commands(out: Path) -> list[dict[str, str]]:
-    recipe = "--config=configs/quickstart.py"
-    train = "python launch/train.py"
+    recipe = {mode: _recipe(mode, out) for mode in recipes.STEPS}
+    train, statistics = "python launch/train.py", "python launch/measure_statistics.py"
+    export = f"--checkpoint={out}/stage3 --images={out}/images/train"
     return [
-        {"what": "expert features", "command": f"python launch/precompute.py {recipe}:stage1 --out={out}/features"},
-        {"what": "expert statistics",
-         "command": f"python launch/measure_statistics.py {recipe}:stage1 --out={out}/statistics/experts"},
-        {"what": "stage 1", "command": f"{train} {recipe}:stage1 --workdir={out}/stage1"},
-        {"what": "proxy statistics",
-         "command": f"python launch/measure_statistics.py {recipe}:stage2 --out={out}/statistics/proxy"},
-        {"what": "stage 2", "command": f"{train} {recipe}:stage2 --workdir={out}/stage2"},
-        {"what": "stage 3", "command": f"{train} {recipe}:stage3 --workdir={out}/stage3"},
-        {"what": "the shuffled control", "command": f"{train} {recipe}:shuffled --workdir={out}/shuffled"},
-        {"what": "to PyTorch",
-         "command": f"python convert/to_torch.py --checkpoint={out}/stage3 --out={out}/student.safetensors"},
-        {"what": "to ExecuTorch",
-         "command": f"python convert/to_executorch.py --checkpoint={out}/stage3 --out={out}/student.pte"},
-    ]  # fmt: skip
+        {"what": "expert features", "command": f"python launch/precompute.py {recipe['stage1']} --out={out}/features"},
+        {"what": "expert statistics", "command": f"{statistics} {recipe['stage1']} --out={out}/statistics/experts"},
+        {"what": "stage 1", "command": f"{train} {recipe['stage1']} --workdir={out}/stage1"},
+        {"what": "proxy statistics", "command": f"{statistics} {recipe['stage2']} --out={out}/statistics/proxy"},
+        {"what": "stage 2", "command": f"{train} {recipe['stage2']} --workdir={out}/stage2"},
+        {"what": "stage 3", "command": f"{train} {recipe['stage3']} --workdir={out}/stage3"},
+        {"what": "the shuffled control", "command": f"{train} {recipe['shuffled']} --workdir={out}/shuffled"},
+        {"what": "to PyTorch", "command": f"python convert/to_torch.py {export} --out={out}/student.safetensors"},
+        {"what": "to ExecuTorch", "command": f"python convert/to_executorch.py {export} --out={out}/student.pte"},
+    ]
 
 
 SMALL = [

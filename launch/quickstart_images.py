@@ -121,7 +121,8 @@ def _public_set(cache: Path) -> Source | None:
         return Tfds(PUBLIC_SET, "train", str(cache))
     except Exception as error:  # tfds raises many kinds; the photographs always work
         shutil.rmtree(cache, ignore_errors=True)
-        print(f"{PUBLIC_SET} could not be prepared ({str(error).splitlines()[0]}): using packaged photographs")
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"{PUBLIC_SET} could not be prepared ({why}): using packaged photographs")
         return None
 
 

@@ -30,6 +30,8 @@ def main() -> None:
     workdir, step = cli.require(WORKDIR, "workdir"), cli.require(STEP, "step")
     if SAVE_BATCH.value and not SAVE_BATCH.value.endswith(".npz"):
         raise ValueError(f"--save_batch={SAVE_BATCH.value} must end in .npz")
+    if SAVE_BATCH.value:
+        epath.Path(SAVE_BATCH.value).parent.mkdir(parents=True, exist_ok=True)  # not after all the work
     with Preemption() as preemption:  # SIGTERM ends it at once: there is nothing to save
         processes.join(preemption)
         found = replaying.replay(workdir, step)

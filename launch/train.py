@@ -9,6 +9,8 @@ neither data nor weights; --print_config shows the whole recipe. On several host
 if __name__ == "__main__":
     import launch.early  # noqa: F401
 
+import os
+
 import jax
 from absl import flags
 from etils import epath
@@ -58,6 +60,12 @@ def main() -> None:
         print(f"done: {workdir}")
 
 
+def _statistics_inside(config: ConfigDict, workdir: epath.Path) -> tuple[str, ...]:
+    """The name of the workdir's folder of statistics, where the config says that a run takes them from there."""
+    named = {os.path.abspath(path) for path in (config.statistics, config.statistics_from) if path}
+    return ("statistics",) if os.path.abspath(workdir / "statistics") in named else ()
+
+
 def train(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | None, preemption: Preemption) -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -65,7 +73,7 @@ def train(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | No
     evals = training_evals(config, workdir)
     if FRESH.value:
         loop.check_run(config, workdir, evals, fresh=True)
-        workdirs.set_aside(workdir)
+        workdirs.set_aside(workdir, keep=_statistics_inside(config, workdir))
         preemption.again = f"{AGAIN}, now without --fresh,"  # which would begin once more
     if not config.statistics and not config.statistics_from and _all_random(config):
         # a smoke test: nobody has measured its random teachers, so do that first, once

@@ -94,11 +94,13 @@ class _Evaluation:
         # What a killed evaluation left, to go on from; nothing that a finished one needs.
         remote = "://" in str(folder)
         work = Path(tempfile.mkdtemp(prefix="evaluation_")) if remote else Path(folder) / "work"
+        done = False
         try:
             result = self.module.run(encoder, self.data, self.settings, workdir=work)
             report.write(folder, result, header | {"versions": versions()}, step)
+            done = True
         finally:
-            if remote or report.read(folder) is not None:
+            if remote or done:
                 shutil.rmtree(work, ignore_errors=True)
         return {**result.images, **result.metrics}
 

@@ -95,6 +95,8 @@ def test_the_report_has_means_over_seeds_and_the_cost_of_all_that_a_row_took(tmp
         measured(
             tmp_path / f"seed{seed}" / "direct", "similarity", {"a_b_patches_64": 0.5, "a_b_patches_position_map": 0.2}
         )
+    raw = {"a_b_patches_64": 0.9, "a_b_patches_position_map": 0.8}
+    measured(tmp_path / "seed0" / "direct_raw", "similarity", raw)
     measured(tmp_path / "shared" / "expert_xfeat", "pairs_128", {"pck": 0.4, "floor": 0.1})
     results = report.collect(tmp_path)
     report.write(tmp_path, results, 1.0)
@@ -105,6 +107,7 @@ def test_the_report_has_means_over_seeds_and_the_cost_of_all_that_a_row_took(tmp
     assert "| **stages 1+2** | 10 | 5.0 | 30.0 ± 7.1 |" in table  # the proxy's cost with it
     assert "| **all experts directly (stage 2 only)** | 10 | 2.0 | 30.0 ± 7.1 |" in table
     assert "| row | a, b, patches |" in table and "| position map | 0.200 |" in table
+    assert "0.900" not in table, "a cosine of tokens that are not normalised stands in no column with others"
     assert "trial" not in table
     for name in (report.TASKS, report.CURVES):
         with Image.open(tmp_path / name) as picture:

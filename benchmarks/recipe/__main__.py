@@ -258,12 +258,14 @@ def _wanted(names: tuple[str, ...]) -> list[str]:
     return [name for name in every if name in wanted]
 
 
-def _same_budget(path: Path) -> None:
-    """Finished runs are taken as they are: those of another budget would stand in one table with the others."""
-    held = json.loads(path.read_text()) if path.exists() else BUDGET.value
-    if held != BUDGET.value:
-        raise ValueError(f"--out {path.parent} holds a study of --budget={held:g}: choose another folder")
-    write_whole(path, json.dumps(BUDGET.value))
+def _same_study(path: Path, data: Path) -> None:
+    """Finished runs are taken as they are: those of another study would stand in one table with the others."""
+    wanted = {"budget": BUDGET.value, "data": str(data.resolve())}
+    held = json.loads(path.read_text()) if path.exists() else wanted
+    if held != wanted:
+        flags = " ".join(f"--{name}={value}" for name, value in held.items())
+        raise ValueError(f"--out {path.parent} holds a study of {flags}: choose another folder")
+    write_whole(path, json.dumps(wanted))
 
 
 def main() -> None:
@@ -271,15 +273,16 @@ def main() -> None:
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
-    _same_budget(out / "budget.json")
     with held(out / "shared.lock"):
+        _same_study(out / "study.json", data)
         whole = Study(out, data, study.Size().scaled(BUDGET.value), BUDGET.value)
         whole.prepare()
     complete, main_only = [int(s) for s in SEEDS.value], [int(s) for s in MAIN_SEEDS.value]
     plan = [(seed, _wanted(tuple(ONLY.value) or study.MAIN)) for seed in complete + main_only]
     plan += [(seed, _wanted(tuple(ONLY.value) or tuple(study.runs()))) for seed in complete]
     # the main rows of every seed first: the most that can be said at any time
-    left = list(dict.fromkeys((seed, name) for seed, names in plan for name in ["untrained", *names]))
+    first = [] if ONLY.value else ["untrained"]
+    left = list(dict.fromkeys((seed, name) for seed, names in plan for name in [*first, *names]))
     while left:
         before = len(left)
         for job in tuple(left):

@@ -105,7 +105,7 @@ def table(out: Path, figures: Figures, budget: float) -> str:
     cells = [
         [_named(row), *(figures.cell(row, figure, side) for figure in figures.similarities)]
         for row in figures.rows
-        if any(figures.values(row, figure, side) for figure in figures.similarities)
+        if _comparable(row) and any(figures.values(row, figure, side) for figure in figures.similarities)
     ]
     if cells:
         maps = [_first(figures, figure) for figure in figures.similarities]
@@ -146,7 +146,12 @@ def compatibility(out: Path, figures: Figures) -> list[str]:
 def _first(figures: Figures, figure: str) -> str:
     """The position map's cosine: the same whatever the encoder."""
     return next((figures.cell(row, figure, 0).split(" ")[0] for row in ("direct", *figures.rows)
-                 if figures.values(row, figure, 0)), "")  # fmt: skip
+                 if _comparable(row) and figures.values(row, figure, 0)), "")  # fmt: skip
+
+
+def _comparable(row: str) -> bool:
+    """Whether a row's cosines are of normalised tokens, as the others': raw ones have a mean in common."""
+    return row not in study.runs() or study.runs()[row].normalized
 
 
 def _named(row: str) -> str:
@@ -214,12 +219,11 @@ def curves_figure(out: Path):
     for number, name in enumerate(names):
         style = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10], "marker": "o", "markersize": 3}
         style |= {"linewidth": 2.2 if name in (*BOLD, "proxy") else 1.0}
-        for i, folder in enumerate(sorted(out.glob(f"seed*/{name}"))):
-            points = _curve(folder)
-            if points:
-                images, flops, values = zip(*points, strict=True)
-                by_images.plot(images, values, label=study.label(name) if i == 0 else None, **style)
-                by_flops.plot(flops, values, **style)
+        curves = [points for folder in sorted(out.glob(f"seed*/{name}")) if (points := _curve(folder))]
+        for i, points in enumerate(curves):
+            images, flops, values = zip(*points, strict=True)
+            by_images.plot(images, values, label=study.label(name) if i == 0 else None, **style)
+            by_flops.plot(flops, values, **style)
     by_images.set(xlabel="images that the network itself was trained on", ylabel="kNN at 64 px, mean per class (%)")
     by_flops.set(xlabel="training TFLOPs, with those of what it started from (experts excluded)", xscale="log")
     for axes in (by_images, by_flops):

@@ -3,7 +3,6 @@
 import numpy as np
 
 IGNORE = 255
-AREAS = ("intersection", "union", "prediction", "label")
 
 
 def reduce_zero(label: np.ndarray) -> np.ndarray:
@@ -13,7 +12,7 @@ def reduce_zero(label: np.ndarray) -> np.ndarray:
 
 
 def areas(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels of one image, int64 [4, classes] in the order of `AREAS`; those labelled IGNORE count nowhere.
+    """Pixels of one image, int64 [4, classes]: intersection, union, prediction, label; IGNORE counts nowhere.
 
     Raises:
       ValueError: other shapes, or a class outside [0, classes).

@@ -38,6 +38,7 @@ def run(function: Callable[..., Any], *args: Any, title: str) -> Any:
     except EOFError:
         child.join()
         raise ChildFailed(f"{title}: the process ended with status {child.exitcode} and said nothing") from None
+    else:
         child.join(LEAVE_WITHIN)
     finally:
         if child.is_alive():

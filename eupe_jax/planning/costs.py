@@ -77,8 +77,8 @@ class Estimate:
       flops: of matrix products, convolutions and Pallas kernels, recomputation included.
       hbm_bytes: moved by operations, early copies and collectives.
       roofline_seconds, compiler_seconds: sums over operations.
-      exposed_seconds: what collectives add to the conservative of the two steps; `roofline_exposed_seconds` to the
-        other; `copy_seconds`: what waiting for copies adds to the conservative one.
+      exposed_seconds: what collectives add to the conservative of the two steps; `copy_seconds`: what waiting for
+        copies adds to it.
       roofline_step_seconds, compiler_step_seconds: with all waiting.
       step_seconds: the longer of the two.
       uncounted: operations for which the compiler gives no cycles; `uncounted_seconds` of compiler_seconds are theirs.
@@ -91,7 +91,6 @@ class Estimate:
     roofline_seconds: float
     compiler_seconds: float
     exposed_seconds: float
-    roofline_exposed_seconds: float
     copy_seconds: float
     roofline_step_seconds: float
     compiler_step_seconds: float
@@ -137,7 +136,6 @@ def estimate(
         roofline_seconds=total("roofline_seconds"),
         compiler_seconds=total("compiler_seconds"),
         exposed_seconds=_exposed(slower),
-        roofline_exposed_seconds=_exposed(roofline),
         copy_seconds=slower.exposed.get("copy", 0.0),
         roofline_step_seconds=roofline.seconds,
         compiler_step_seconds=compiler.seconds,

@@ -61,14 +61,14 @@ def verify(step: epath.Path, items: Iterable[str] | None = None) -> None:
         raise CorruptCheckpoint(problem)
 
 
-def verify_on_all_hosts(step: epath.Path, items: Iterable[str] | None = None) -> None:
+def verify_on_all_hosts(step: epath.Path) -> None:
     """`verify`, read by the first host alone; all hosts must call it, and all raise alike."""
     if jax.process_count() == 1:
-        return verify(step, items)
+        return verify(step)
     message = np.zeros(MESSAGE_BYTES, np.uint8)
     if jax.process_index() == 0:
         try:
-            problem = _problem(step, items)
+            problem = _problem(step, None)
             encoded = DAMAGED + problem.encode() if problem else b""
         except OSError as error:
             encoded = UNREAD + str(error).encode()

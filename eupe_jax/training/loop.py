@@ -119,7 +119,7 @@ def _train(
         LOGGER.info("resumed from step %d", int(state["step"]))
         workdirs.check_statistics(saver.directory / str(int(state["step"])), statistics_arrays)
     manifest = assemble.manifest(config, teachers, statistics)
-    start, end = int(state["step"]), min(config.total_steps, stop_at or config.total_steps)
+    start, end = int(state["step"]), config.total_steps if stop_at is None else min(config.total_steps, stop_at)
     profiler = Profiler(profile, workdir / "profile", start=start, end=end)
     for line in summary.describe_run(config, mesh, state, teachers.variables):
         LOGGER.info(line)

@@ -42,10 +42,10 @@ class StepFlops:
 def step_flops(config: ConfigDict, chosen: Resolutions, teachers: Mapping[str, Teacher] | None = None) -> StepFlops:
     """FLOPs of one image of a step at these resolutions.
 
-    teachers: as loaded; None: as the config describes them, which host teachers are not.
+    teachers: as loaded; None: as the config describes them (host teachers are opened).
 
     Raises:
-      ValueError: a host teacher without `teachers`, or an encoder nobody can count.
+      ValueError: as `describe_teachers`, or an encoder nobody can count.
     """
     teachers = describe_teachers(config) if teachers is None else teachers
     sides = dict(chosen.teachers)

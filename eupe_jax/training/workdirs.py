@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import jax
@@ -135,8 +135,10 @@ def _differences(
         yield prefix.rstrip("."), old, new
 
 
-def set_aside(workdir: epath.Path) -> epath.Path | None:
+def set_aside(workdir: epath.Path, keep: Collection[str] = ()) -> epath.Path | None:
     """Moves the run that `workdir` holds, if any, into `workdir/old.N`; all processes must call it, the first moves.
+
+    keep: what stays where it is, because the next run takes it.
 
     Returns:
       The folder that it is in now, on the first process.
@@ -149,7 +151,8 @@ def set_aside(workdir: epath.Path) -> epath.Path | None:
             f"--fresh moves folders, which buckets do not do at once: choose another workdir than {workdir}"
         )
     old = None
-    if jax.process_index() == 0 and (there := [name for name in OF_A_RUN if (workdir / name).exists()]):
+    there = [name for name in OF_A_RUN if name not in keep and (workdir / name).exists()]
+    if there and jax.process_index() == 0:
         numbers = [int(p.name[4:]) for p in workdir.iterdir() if p.name.startswith("old.") and p.name[4:].isdigit()]
         old = workdir / f"old.{max(numbers, default=-1) + 1}"
         old.mkdir()

@@ -14,7 +14,6 @@ from tests.planning.programs import chip, costs, hlo_text
 
 V5E = CHIPS["v5e"]
 SCALARS = 300  # bytes of loop counters and constants in the small programs
-MIB = 2**20
 
 # 7 x 7 window over 16 x 16 with a border of 3: along each axis 16 positions x 7 taps, less 2 x (1 + 2 + 3) outside.
 DEPTHWISE = 2 * 8 * 384 * (16 * 7 - 12) ** 2

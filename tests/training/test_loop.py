@@ -276,7 +276,9 @@ def test_a_run_is_set_aside_whole(whole_run, tmp_path):
     assert {str(p.relative_to(run / "old.0")) for p in Path(run / "old.0").rglob("*")} == before - {"train.log"}
     assert workdirs.set_aside(run) is None
     (run / "config.json").write_text("{}")
-    assert workdirs.set_aside(run) == run / "old.1"
+    (run / "statistics").mkdir()
+    assert workdirs.set_aside(run, keep=("statistics",)) == run / "old.1"
+    assert (run / "statistics").exists(), "the next run takes it"
 
 
 def test_another_config_in_the_same_workdir_is_refused(whole_run):

@@ -108,11 +108,13 @@ class _Cache:
                     return self._groups[key][0]
             try:
                 group = load()
-            finally:
+            except BaseException:
                 with self._lock:
                     self._loading.pop(key, None)
+                raise
             with self._lock:
                 self._groups[key] = group
+                self._loading.pop(key, None)
                 while len(self._groups) > 1 and self._full():
                     self._groups.popitem(last=False)
             return group[0]

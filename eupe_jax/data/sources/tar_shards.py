@@ -1,6 +1,5 @@
 """WebDataset-style tar shards."""
 
-import logging
 import os
 import posixpath
 from collections.abc import Sequence
@@ -12,8 +11,6 @@ from eupe_jax.data.sources import storage
 from eupe_jax.data.sources.base import Record, RecordError, digest_of
 from eupe_jax.data.sources.index_cache import IndexCache, Tables, default_folder
 from eupe_jax.data.sources.tar_index import is_tar, member_name, tar_images
-
-log = logging.getLogger(__name__)
 
 
 class TarShards:
