@@ -146,14 +146,14 @@ def figure(lines: list[dict[str, str]]) -> bytes:
 
 def main() -> None:
     folders = [Path(argument) for argument in cli.arguments()]
+    out = cli.require_local(OUT, "out") if OUT.value else None
     if not folders:
         raise ValueError("name at least one folder of results: python launch/compare.py runs/evals")
     rows = collect(folders)
     lines = table(rows, PAPER.value)
     text = markdown(lines, rows)
     print(text)
-    if OUT.value:
-        out = Path(OUT.value)
+    if out:
         out.mkdir(parents=True, exist_ok=True)
         sheet = io.StringIO()
         writer = csv.DictWriter(sheet, fieldnames=list(lines[0]))

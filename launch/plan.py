@@ -112,6 +112,9 @@ def _check_flags() -> None:
     for name in ("product", *AXES):
         if flags.FLAGS[name].present and not SWEEP.value:
             raise ValueError(f"--{name} compares variants: give --sweep too, or --config.FIELD=VALUE for one plan")
+    for flag in (JSON, OUT, HLO, CACHE):
+        if flag.value:
+            cli.require_local(flag, flag.name)
     folders = {"json": _rows_folder(), "hlo": Path(HLO.value) if HLO.value else None}
     for flag in (JSON, OUT):
         if flag.value and Path(flag.value).is_dir():

@@ -78,7 +78,7 @@ def main() -> None:
         from convert import to_executorch, to_torch
     except ImportError as error:
         raise ImportError(f"{error}; the quickstart needs: pip install 'eupe_jax[quickstart]'") from error
-    out = Path(OUT.value)
+    out = cli.require_local(OUT, "out")
     out.mkdir(parents=True, exist_ok=True)
     clock = Clock(out / "seconds.json")
 

@@ -34,6 +34,7 @@ def test_table_names_checkpoints_and_settings_that_are_not_the_authors(tmp_path)
 def test_nothing_to_compare_and_two_results_for_one_cell(tmp_path):
     assert_one_line(run("launch/compare.py", tmp_path), "metrics.json")
     assert_one_line(run("launch/compare.py"), "name at least one folder")
+    assert_one_line(run("launch/compare.py", "--out=gs://bucket/x", tmp_path), "--out gs://bucket/x is remote")
     for name in "ab":
         result(tmp_path / name, "knn", metrics={"top1": 0.5})
     assert_one_line(run("launch/compare.py", tmp_path), "two results", "IN1k-KNN")

@@ -229,7 +229,8 @@ def test_flags_that_would_do_nothing_or_fail_after_hours_are_refused(tmp_path):
     refused = {
         f"--json={tmp_path}": "is a folder", f"--sweep --json={tmp_path}": "is a folder",
         f"--out={tmp_path}/file/x.md": "--out: the folder", f"--hlo={tmp_path}/file": "--hlo: the folder",
-        f"--sweep --hlo={tmp_path}/hlo": "--hlo is for one plan", "--remat=full": "--remat compares variants",
+        f"--sweep --hlo={tmp_path}/hlo": "--hlo is for one plan", "--json=gs://b/x": "is remote",
+        "--remat=full": "--remat compares variants",
         "--product": "--product compares", "--sweep --accumulate=1,x": "--accumulate=1,x: give whole numbers",
         "--sweep --remat=": "--remat=: give at least one",
     }  # fmt: skip
@@ -297,8 +298,9 @@ def test_a_plan_from_the_command_line_to_json(tmp_path):
     again = command(*flags)
     assert again.returncode == 1 and "0:0" not in again.stderr and time.monotonic() - begun < 120
     lines = [line for line in again.stdout.splitlines() if line != "- PROBLEM: no gradient"]
-    assert lines[2].startswith("Made ") and lines[:2] + lines[3:] == result.stdout.splitlines()[:2] + (
-        result.stdout.splitlines()[3:]
+    assert (
+        lines[2].startswith("Made ")
+        and lines[:2] + lines[3:] == result.stdout.splitlines()[:2] + (result.stdout.splitlines()[3:])
     )
 
 
