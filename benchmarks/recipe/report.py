@@ -210,6 +210,7 @@ def tasks_figure(figures: Figures):
 def curves_figure(out: Path):
     """kNN inside training over images seen, and over training FLOPs, the proxy's included; a line a run, all seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     picture = Figure(figsize=(11, 4.2), dpi=140, layout="constrained")
     by_images, by_flops = picture.subplots(1, 2, sharey=True)
@@ -226,6 +227,9 @@ def curves_figure(out: Path):
             by_flops.plot(flops, values, **style)
     by_images.set(xlabel="images that the network itself was trained on", ylabel="kNN at 64 px, mean per class (%)")
     by_flops.set(xlabel="training TFLOPs, with those of what it started from (experts excluded)", xscale="log")
+    by_flops.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_flops.xaxis.set_major_formatter("{x:g}")
+    by_flops.xaxis.set_minor_formatter(NullFormatter())
     for axes in (by_images, by_flops):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
