@@ -10,9 +10,6 @@ import os
 import platform
 import shlex
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from absl import flags
@@ -26,6 +23,7 @@ from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.metrics import read_metrics
 from eupe_jax.training.precompute import precompute
 from launch import cli, quickstart_evaluation, quickstart_images
+from launch.clock import Clock
 from launch.quickstart_report import write_report
 from launch.quickstart_verdict import verdict
 
@@ -39,7 +37,7 @@ MADE = (
     "features", "statistics", "stage1", "stage2", "stage3", "shuffled", "student.safetensors",
     "student.safetensors.md", "student.safetensors.statistics.md", "student.safetensors.statistics.png",
     "student.pte", "student.json", "student.pte.md", "student.pte.statistics.md", "student.pte.statistics.png",
-    "summary.json", "report.html",
+    "summary.json", "report.html", "seconds.json",
 )  # fmt: skip
 
 
@@ -52,25 +50,6 @@ def scaled(mode: str, out: Path) -> ConfigDict:
         config.optimizer.warmup_steps = config.total_steps // 10
         config.log_every = max(1, min(config.log_every, config.total_steps // 4))
     return config
-
-
-class Clock:
-    """Wall seconds of each part, printed as it begins; with --resume on top of what the stopped ones took."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        resumed = RESUME.value and path.exists()
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if resumed else {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-            write_whole(self._path, json.dumps(self.seconds, indent=2))
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -42,6 +41,7 @@ from eupe_jax.training.measure import measure_statistics
 from eupe_jax.training.model_flops import step_flops
 from eupe_jax.training.precompute import precompute
 from launch import cli
+from launch.clock import Clock
 from launch.load_any import untrained
 from launch.training_evals import training_evals
 
@@ -55,42 +55,6 @@ SIMILARITY_IMAGES = 256
 TRIAL_IMAGES = 15_000  # of which a trial takes its share
 CURVE_POINTS = 3  # kNN evaluations inside the steps of a student
 WAIT = 5  # seconds until a process that found nothing to do looks again
-
-
-@contextlib.contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """`shard_files.alone`, after whoever is before us."""
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(alone(lock, "busy"))
-                break
-            except BusyError:
-                time.sleep(0.1)
-        yield
-
-
-class Clock:
-    """Seconds that every part has taken, over all processes and all the times they were started: OUT/seconds.json."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with held(self._path.with_suffix(".lock")):
-                seconds = self.seconds
-                seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-                write_whole(self._path, json.dumps(seconds, indent=2))
 
 
 class Study:
@@ -183,7 +147,7 @@ class Study:
                 self.train(name, seed)
             if name not in study.NOT_ROWS:
                 self.measure(name, seed)
-        with held(self.out / "report.lock"):
+        with alone(self.out / "report.lock"):
             report.write(self.out, report.collect(self.out), self.share)
         return True
 
@@ -261,10 +225,10 @@ def _wanted(names: tuple[str, ...]) -> list[str]:
 def _same_study(path: Path, data: Path) -> None:
     """Finished runs are taken as they are: those of another study would stand in one table with the others."""
     wanted = {"budget": BUDGET.value, "data": str(data.resolve())}
-    held = json.loads(path.read_text()) if path.exists() else wanted
-    if held != wanted:
-        flags = " ".join(f"--{name}={value}" for name, value in held.items())
-        raise ValueError(f"--out {path.parent} holds a study of {flags}: choose another folder")
+    there = json.loads(path.read_text()) if path.exists() else wanted
+    if there != wanted:
+        given = " ".join(f"--{name}={value}" for name, value in there.items())
+        raise ValueError(f"--out {path.parent} holds a study of {given}: choose another folder")
     write_whole(path, json.dumps(wanted))
 
 
@@ -273,7 +237,7 @@ def main() -> None:
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
-    with held(out / "shared.lock"):
+    with alone(out / "shared.lock"):
         _same_study(out / "study.json", data)
         whole = Study(out, data, study.Size().scaled(BUDGET.value), BUDGET.value)
         whole.prepare()

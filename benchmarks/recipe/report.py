@@ -82,7 +82,7 @@ def write(out: Path, results: Sequence[Result], budget: float) -> None:
     """All four files, each whole."""
     figures = Figures(results)
     sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, FIELDS)
+    writer = csv.DictWriter(sheet, FIELDS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(results)
     write_whole(out / RESULTS, sheet.getvalue())
@@ -93,7 +93,8 @@ def write(out: Path, results: Sequence[Result], budget: float) -> None:
 
 def table(out: Path, figures: Figures, budget: float) -> str:
     """The tables of tasks at each resolution and of agreement with the experts, in Markdown."""
-    lines = [] if budget == 1.0 else [f"A trial with {budget:g} of the steps: its figures mean nothing.", ""]
+    lines = ["# The replication's tables", "", "± is the standard deviation over seeds, where there are several.", ""]
+    lines += [] if budget == 1.0 else [f"A trial with {budget:g} of the steps: its figures mean nothing.", ""]
     for side in measure.SIDES:
         heads = [f"{name}{'' if sign > 0 else ' (lower is better)'}" for name, _, sign in measure.FIGURES.values()]
         cells = [

@@ -20,14 +20,15 @@ class BusyError(OSError):
 
 
 @contextmanager
-def alone(lock: Path, busy: str) -> Iterator[None]:
+def alone(lock: Path, busy: str | None = None) -> Iterator[None]:
     """Holds a lock file, made if need be, until the block or the process ends, however it does.
 
-    Raises BusyError, saying `busy`, when another process holds it. File systems without locks are let pass.
+    When another process holds it: waits; or, where `busy` is given, raises BusyError, saying so. File systems without
+    locks are let pass.
     """
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError as e:
             raise BusyError(busy) from e
         except OSError:
