@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from eupe_jax.data.host import decode
@@ -167,15 +168,29 @@ def neighbours(
             part = train_NxD[start : start + block]
             bank = jax.device_put(_padded(part, block), replicated(mesh))
             for i, query in enumerate(queries):
-                best[i] = _merge(best[i], query, bank, start, len(part), not settings.normalize)
+                best[i] = _merge(mesh, best[i], query, bank, start, len(part), not settings.normalize)
             bar.update(len(part))
     similarity, index = (np.concatenate(x)[: len(test_MxD), skip:] for x in zip(*jax.device_get(best), strict=True))
     return similarity, index
 
 
-@functools.partial(jax.jit, static_argnames="euclidean", donate_argnums=0)
-def _merge(best, query_BxD, bank_NxD, start, valid, euclidean: bool):
-    """The best of the ones so far and a block of the bank, of which `valid` rows count."""
+@functools.partial(jax.jit, static_argnames=("mesh", "euclidean"), donate_argnames="best")
+def _merge(mesh: Mesh, best, query_BxD, bank_NxD, start, valid, euclidean: bool):
+    """The best of the ones so far and a block of the bank, of which `valid` rows count.
+
+    Every device keeps to its own rows. Left to the compiler, top_k would bring the similarities of all of them to each.
+    """
+    rows, whole = batch_sharding(mesh).spec, replicated(mesh).spec
+    merge = jax.shard_map(
+        functools.partial(_merge_rows, euclidean=euclidean),
+        mesh=mesh,
+        in_specs=(rows, rows, whole, whole, whole),
+        out_specs=rows,
+    )
+    return merge(best, query_BxD, bank_NxD, start, valid)
+
+
+def _merge_rows(best, query_BxD, bank_NxD, start, valid, *, euclidean: bool):
     best_similarity, best_index = best
     similarity = jnp.matmul(query_BxD, bank_NxD.T, precision=jax.lax.Precision.HIGHEST)
     if euclidean:

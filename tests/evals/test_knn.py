@@ -1,7 +1,9 @@
 """Nearest neighbours: the same as independent implementations, however blocks are cut, and end to end on images."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from eupe_jax.evals import classification, knn
 from eupe_jax.evals.interface import DataError, Result
+from eupe_jax.sharding.mesh import batch_sharding, make_mesh, replicated
 from tests.evals.image_sets import CLASSES, jpeg, picture, write_folders, write_shards, write_tar
 from tests.evals.test_features import tiny_encoder
 
@@ -51,6 +54,19 @@ def test_softmax_votes_equal_pytorch(blocks):
     np.testing.assert_array_equal(nearest, index)
     for k in expected:
         np.testing.assert_array_equal(ranked[k][:, 0], expected[k].argmax(1))
+
+
+def test_devices_do_not_wait_for_one_another():
+    """Hundreds of small blocks are in flight at once; a collective in each would be an opportunity to hang."""
+    mesh = make_mesh()
+    whole = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+    cut = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    best = cut((8, 50), np.float32), cut((8, 50), np.int32)
+    count = whole((), np.int32)
+    program = knn._merge.lower(mesh, best, cut((8, 24), np.float32), whole((7, 24), np.float32), count, count, False)
+    text = program.compile().as_text()
+    assert mesh.size == 8 and "TopK" in text
+    assert not [name for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if name in text]
 
 
 @pytest.mark.parametrize("normalize", [True, False])
