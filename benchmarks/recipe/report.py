@@ -213,7 +213,7 @@ def curves_figure(out: Path):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    picture = Figure(figsize=(11, 4.2), dpi=140, layout="constrained")
+    picture = Figure(figsize=(12, 4.4), dpi=140, layout="constrained")
     by_images, by_flops = picture.subplots(1, 2, sharey=True)
     names = [
         name for name in study.runs() if name not in study.NOT_ROWS and any(out.glob(f"seed*/{name}/{study.DONE}"))
@@ -224,14 +224,15 @@ def curves_figure(out: Path):
         curves = [points for folder in sorted(out.glob(f"seed*/{name}")) if (points := _curve(folder))]
         for i, points in enumerate(curves):
             images, flops, values = zip(*points, strict=True)
-            by_images.plot(images, values, label=study.label(name) if i == 0 else None, **style)
+            by_images.plot([n / 1000 for n in images], values, label=study.label(name) if i == 0 else None, **style)
             by_flops.plot(flops, values, **style)
-    by_images.set(xlabel="images that the network itself was trained on", ylabel="kNN at 64 px, mean per class (%)")
-    by_flops.set(xlabel="training TFLOPs, with those of what it started from (experts excluded)", xscale="log")
-    by_flops.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    by_flops.xaxis.set_major_formatter("{x:g}")
-    by_flops.xaxis.set_minor_formatter(NullFormatter())
+    by_images.set(xlabel="the network's own training images (thousands)", ylabel="kNN at 64 px, mean per class (%)")
+    by_flops.set(xlabel="training TFLOPs, the proxy's included, experts' excluded")
     for axes in (by_images, by_flops):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     picture.legend(*by_images.get_legend_handles_labels(), loc="outside right center", fontsize=8)
