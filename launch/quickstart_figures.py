@@ -89,7 +89,7 @@ def _curve(lines: Sequence[Mapping], key: str) -> tuple[list, list]:
 def loss_curves(lines: Sequence[Mapping]) -> dict[str, str] | None:
     """Total loss of every student, and one curve per teacher and part; None where there is nothing to plot."""
     keys = list(dict.fromkeys(key for line in lines for key in line))
-    totals = [k for k in keys if k.endswith("/loss")]
+    totals = [k for k in keys if k.count("/") == 1 and k.endswith("/loss")]  # not those of single resolution pairs
     parts = [k for k in keys if k.count("/") == 2 and k.rsplit("/", 1)[1] in PARTS]
     if not any(_curve(lines, key)[0] for key in totals + parts):
         return None

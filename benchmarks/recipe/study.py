@@ -207,6 +207,6 @@ def config(run: Run, size: Size, seed: int, folder: Path, shared: Path, *, compu
         for name in run.teachers:
             c.teachers[name] = known[name]
         own = shared / "statistics" / ("experts" if run.normalized else "none")
-    # The paper's stage 3 keeps the statistics of stage 2.
+    # Which statistics the paper's stage 3 has it does not say; those of stage 2 are kept here, as in configs/stage3_*.
     setattr(c, "statistics_from" if run.scales != (SIDE,) else "statistics", str(own))
     return c.lock()

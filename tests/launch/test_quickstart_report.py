@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from launch import quickstart_figures
 from launch.quickstart_report import show, write_report
 from launch.quickstart_verdict import judge, margins_of, verdict
 
@@ -181,6 +182,12 @@ def test_numbers_pictures_and_commands_land_in_the_page(tmp_path, summary, curve
     assert (len(svg), len(png)) == (2 * (4 + 4), 18)
     assert all(image["alt"] for image in page.images)
     assert len({base64.b64decode(uri.split(",", 1)[1]) for uri in svg}) == len(svg)
+
+
+def test_losses_of_single_resolution_pairs_are_left_to_the_log(curves):
+    """A stage over several resolutions logs up to nine of them; the total is their mean."""
+    pairs = [{**line, f"pair/s64_t{64 + 16 * i}/student/loss": 0.3} for i, line in enumerate(curves["stage3"])]
+    assert quickstart_figures.loss_curves(pairs) == quickstart_figures.loss_curves(curves["stage3"])
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path, summary, curves, panels):
