@@ -115,7 +115,8 @@ def _teachers(manifest: Mapping, depth: int) -> tuple[Teacher, ...]:
         known = {}
         if entry.get("kind") == "host":
             factory = str(entry.get("factory"))
-            known = {"what": factory, "where": "its package", "licence": _host_licence(factory)}
+            where = str(_field(entry, "kwargs", "path") or "its package")  # an ONNX file is where its recipe found it
+            known = {"what": factory, "where": where, "licence": _host_licence(factory)}
         elif entry.get("checkpoint") == "random":
             known = {"what": str(entry.get("model")), "where": "random", "licence": RANDOM}
         elif entry:

@@ -377,9 +377,9 @@ def _restore(step: epath.Path, item: str, target: Any | None) -> Any:
                 return checkpointer.restore(step / item, abstract(target))
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{step / item} does not fit the model its manifest names: {error}") from error
+    tree = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(step / item).item_metadata.tree
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         return checkpointer.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 

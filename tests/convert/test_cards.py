@@ -125,8 +125,9 @@ def test_a_card_says_what_the_manifests_say(runs, photographs, tmp_path):
     assert licences["teacher proxy"] == "that of its own teachers"
 
 
-def test_the_statistics_card_gives_their_figures(runs, tmp_path):
+def test_the_statistics_card_gives_their_figures(runs, tmp_path, caplog):
     statistics = origins.load_statistics(runs / "student")
+    assert not caplog.messages, "reading a good checkpoint is nothing to warn of"
     measure_statistics.describe(origins.epath.Path(tmp_path), statistics)
     text = (tmp_path / statistics_card.CARD).read_text()
     each = statistics["proxy"]
@@ -221,6 +222,14 @@ def test_licences_of_host_teachers_are_those_of_the_page():
     for kind, licence in origins.HOST_LICENCES.items():
         (row,) = [row for row in listed if f"`{kind}`" in row[1]]
         assert row[3].startswith(licence), kind
+
+
+def test_a_teacher_from_a_file_is_said_to_come_from_there():
+    own = common.host_teacher("eupe_jax.distill.host_teachers:OnnxTeacher", 128, path="mine.onnx", patches="map")
+    packaged = common.host_teacher("eupe_jax.distill.host_teachers:EfficientNetLite0", 128)
+    manifest = {"config": {"teachers": {"own": own.to_dict(), "packaged": packaged.to_dict()}}}
+    manifest["teachers"] = {name: {} for name in manifest["config"]["teachers"]}
+    assert [teacher.where for teacher in origins._teachers(manifest, 0)] == ["mine.onnx", "its package"]
 
 
 def test_results_that_are_damaged_are_named(runs, tmp_path):
